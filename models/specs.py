@@ -1,0 +1,216 @@
+"""Settings of models: which one, how it is sampled, how it is trained. Frozen; a misspelt key is an error.
+
+`Settings.key()` is what a cache key sees: only what can change a result. How the work is split over shards, devices
+or processes is left out.
+"""
+
+from typing import Annotated, Any, ClassVar, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+
+class Settings(BaseModel):
+    """Base of all settings."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+    not_in_key: ClassVar[frozenset[str]] = frozenset()
+
+    def key(self) -> dict[str, Any]:
+        """The settings that can change a result, as plain JSON."""
+        fields = {name: getattr(self, name) for name in type(self).model_fields if name not in self.not_in_key}
+        return {name: _plain(value) for name, value in fields.items()}
+
+
+def _plain(value: Any) -> Any:  # a settings tree holds JSON values and other Settings
+    if isinstance(value, Settings):
+        return value.key()
+    if isinstance(value, tuple | list):
+        return [_plain(item) for item in value]
+    if isinstance(value, dict):
+        return {str(name): _plain(item) for name, item in value.items()}
+    return value
+
+
+class ModelRef(Settings):
+    """A model: a hub name with a pinned revision, a local folder, or a checkpoint in the home by its digest."""
+
+    name: str  # hub name, folder, "fake:<skill>" or, for a checkpoint, a label to read
+    revision: str | None = None  # hub commit
+    digest: str | None = None  # content digest; set for checkpoints and, when opened, for local folders
+    adapter: str | None = None  # digest of a LoRA adapter in the home, on top of the weights above
+    engine: Literal["vllm", "openai", "fake"] = "vllm"
+    chat_template: str | None = None  # Jinja; None: the tokenizer's own
+    trust_remote_code: bool = False
+
+    def key(self) -> dict[str, Any]:
+        """Identity by content where there is a digest, by name and revision otherwise."""
+        weights = {"digest": self.digest} if self.digest else {"name": self.name, "revision": self.revision}
+        return {**weights, "adapter": self.adapter, "chat_template": self.chat_template}
+
+    @property
+    def identity(self) -> str:
+        """One line that names the model by content, as stored in the `policy` column."""
+        weights = self.digest or f"{self.name}@{self.revision or 'unpinned'}"
+        return f"{weights}+{self.adapter}" if self.adapter else weights
+
+
+class PromptTemplate(Settings):
+    """How a prompt becomes chat messages. `$prompt` is replaced; `$$` is a dollar sign (string.Template)."""
+
+    system: str | None = None
+    user: str = "$prompt"
+
+    @model_validator(mode="after")
+    def _has_place_for_the_prompt(self) -> "PromptTemplate":
+        if "$prompt" not in self.user and "${prompt}" not in self.user:
+            raise ValueError(f"the user template holds no $prompt, so every prompt would look the same: {self.user!r}")
+        return self
+
+
+class Sampling(Settings):
+    """How a policy is sampled. Defaults are seed 0's data generation (METHODS 2.2)."""
+
+    not_in_key = frozenset({"prompts_per_shard"})
+
+    rollouts_per_prompt: int = Field(default=16, ge=1)
+    temperature: float = Field(default=0.7, ge=0)
+    top_k: int = Field(default=40, ge=-1)  # -1: all tokens
+    top_p: float = Field(default=1.0, gt=0, le=1)
+    max_completion_tokens: int = Field(default=384, ge=1)
+    stop: tuple[str, ...] = ()
+    seed: int = Field(default=0, ge=0)
+    prompts_per_shard: int = Field(default=256, ge=1)
+
+    def for_iteration(self, iteration: int) -> "Sampling":
+        """The same settings with a seed of this iteration's own."""
+        return self.model_copy(update={"seed": self.seed + iteration})
+
+    def decoding(self) -> dict[str, Any]:
+        """What decides how one rollout is drawn, given its own seed: the ledger's key, free of how many are wanted."""
+        return {name: value for name, value in self.key().items() if name != "rollouts_per_prompt"}
+
+
+class VLLM(Settings):
+    """The vLLM engine on this machine, one child process of ours."""
+
+    not_in_key = frozenset({"max_num_seqs", "gpu_memory_utilization", "kv_cache_gib", "enforce_eager", "threads"})
+
+    kind: Literal["vllm"] = "vllm"
+    max_model_len: int = Field(default=2048, ge=16)  # prompt and completion, tokens
+    max_num_seqs: int = Field(default=256, ge=1)  # on a CPU, 512 and more are several times faster for tiny models
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    gpu_memory_utilization: float = Field(default=0.9, gt=0, le=1)
+    kv_cache_gib: int = Field(default=1, ge=1)  # CPU only
+    enforce_eager: bool = False
+    max_lora_rank: int | None = None  # set: adapters are loaded into the live engine
+    tensor_parallel_size: int = Field(default=1, ge=1)
+    threads: int | None = None  # CPU only; None: all but one core
+
+
+class OpenAI(Settings):
+    """OpenAI-compatible endpoints. The API key is read from the environment, never from a preset."""
+
+    not_in_key = frozenset({"endpoints", "concurrency", "timeout_seconds", "max_retries", "api_key_variable"})
+
+    kind: Literal["openai"] = "openai"
+    endpoints: tuple[str, ...] = Field(min_length=1)  # base URLs, for instance http://10.0.0.7:8000/v1
+    api_key_variable: str = "OPENAI_API_KEY"
+    concurrency: int = Field(default=64, ge=1)  # requests in flight per endpoint
+    timeout_seconds: float = Field(default=600.0, gt=0)
+    max_retries: int = Field(default=4, ge=0)
+
+
+class Fake(Settings):
+    """A deterministic engine without a model, for tests and smoke presets."""
+
+    not_in_key = frozenset({"seconds_per_request"})
+
+    kind: Literal["fake"] = "fake"
+    seconds_per_request: float = Field(default=0.0, ge=0)
+
+
+EngineSettings = Annotated[VLLM | OpenAI | Fake, Field(discriminator="kind")]
+
+
+class LoRA(Settings):
+    """Low-rank adapters. Defaults: METHODS 2.2, with the targets that were meant."""
+
+    rank: int = Field(default=128, ge=1)
+    alpha: int = Field(default=256, ge=1)
+    dropout: float = Field(default=0.05, ge=0, lt=1)
+    target_modules: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "dense")
+    merge: bool = True  # merged in fp32 into a full model; False: the policy is base and adapter
+
+    @model_validator(mode="after")
+    def _not_on_the_head(self) -> "LoRA":
+        if "lm_head" in self.target_modules:
+            raise ValueError("target_modules holds lm_head: TRL 1.16 refuses LoRA there (METHODS 7.1); remove it")
+        return self
+
+
+class Optimization(Settings):
+    """What SFT and preference training share. The global batch is declared, accumulation is derived from it."""
+
+    not_in_key = frozenset({"per_device_batch_size", "report_to", "save_steps", "accelerate_config"})
+
+    learning_rate: float = Field(gt=0)
+    global_batch_size: int = Field(ge=1)  # rows per optimizer step, over all devices
+    per_device_batch_size: int | None = Field(default=None, ge=1)  # None: as much of the global batch as fits
+    epochs: float = Field(default=1.0, gt=0)
+    max_steps: int | None = Field(default=None, ge=1)  # optimizer steps; wins over epochs
+    schedule: Literal["cosine", "linear", "constant", "constant_with_warmup", "trapezoid"] = "cosine"
+    warmup_ratio: float = Field(default=0.05, ge=0, lt=1)  # share of optimizer steps
+    decay_ratio: float = Field(default=0.4, gt=0, le=1)  # trapezoid only: share of optimizer steps at the end
+    weight_decay: float = Field(default=0.0, ge=0)
+    adam_beta2: float = Field(default=0.999, gt=0, lt=1)
+    max_grad_norm: float = Field(default=1.0, gt=0)
+    max_length: int = Field(default=1024, ge=8)  # tokens, prompt and completion; longer rows are dropped and counted
+    precision: Literal["float32", "bfloat16", "float16"] = "float32"
+    gradient_checkpointing: bool = False
+    lora: LoRA | None = None
+    seed: int = Field(default=42, ge=0)
+    save_steps: int = Field(default=200, ge=1)  # a checkpoint to resume from, every so many optimizer steps
+    report_to: tuple[Literal["trackio", "tensorboard", "wandb"], ...] = ()
+    accelerate_config: str | None = None  # a file of `accelerate config`; None: one process on this machine
+
+
+class SFT(Optimization):
+    """Supervised fine-tuning; the loss is on the completion only."""
+
+    learning_rate: float = Field(default=2e-5, gt=0)
+    global_batch_size: int = Field(default=16, ge=1)
+
+
+LossType = Literal["sigmoid", "sft", "apo_zero", "apo_down", "robust", "hinge"]
+
+
+class Preference(Optimization):
+    """Preference training with DPOTrainer."""
+
+    learning_rate: float = Field(default=1e-6, gt=0)
+    global_batch_size: int = Field(default=32, ge=1)
+    loss_type: tuple[LossType, ...] = ("sigmoid",)
+    loss_weights: tuple[float, ...] | None = None
+    beta: float = Field(default=0.1, gt=0)
+    label_smoothing: float = Field(default=0.0, ge=0, lt=0.5)
+    precompute_reference: bool = True
+
+    @model_validator(mode="after")
+    def _a_weight_for_each_loss(self) -> "Preference":
+        if self.loss_weights is not None and len(self.loss_weights) != len(self.loss_type):
+            raise ValueError(f"{len(self.loss_weights)} loss_weights for {len(self.loss_type)} loss_type entries")
+        return self
+
+
+class TinyModel(Settings):
+    """A small Phi model trained from scratch, for the demo and for tests (TINY.md)."""
+
+    hidden_size: int = Field(default=64, ge=8)
+    layers: int = Field(default=3, ge=1)
+    heads: int = Field(default=2, ge=1)
+    vocabulary: int = Field(default=770, ge=64)  # BPE tokens at most
+    context: int = Field(default=256, ge=32)  # tokens
+    whole_numbers: int = Field(default=200, ge=0)  # 0 .. n-1 are single tokens
+    training: SFT = SFT(
+        learning_rate=3e-3, global_batch_size=16, max_steps=2000, schedule="trapezoid", adam_beta2=0.98, max_length=256
+    )

@@ -1,0 +1,122 @@
+"""Row types: what every recipe reads and writes. One type per idea; recipes differ in order, not in vocabulary.
+
+A row type *is* its Parquet schema (storage/schemas.py). Text here is plain: no chat template, no special tokens.
+"""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Row:
+    """Base of all row types."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Prompt(Row):
+    """A text to answer, and its gold answer where there is one. Key: prompt_id."""
+
+    prompt_id: str  # hash of source and text
+    source: str  # where the row comes from, for instance "openai/gsm8k:train"
+    prompt: str
+    answer: str | None  # gold; None: the source has none
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rollout(Row):
+    """One sampled completion. Key: (prompt_id, rollout_index)."""
+
+    prompt_id: str
+    rollout_index: int
+    prompt: str
+    completion: str
+    prompt_tokens: int
+    completion_tokens: int
+    finish_reason: str  # "stop": the model ended it; "length": cut at max_completion_tokens
+    cumulative_logprob: float | None  # natural log, summed over the completion; None: the engine does not tell
+    seed: int
+    policy: str  # identity of the model that wrote it
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ScoredRollout(Row):
+    """A rollout and its reward. Key: (prompt_id, rollout_index)."""
+
+    prompt_id: str
+    rollout_index: int
+    prompt: str
+    completion: str
+    completion_tokens: int
+    finish_reason: str
+    cumulative_logprob: float | None
+    policy: str
+    answer: str | None  # the final answer found in the completion; None: there is none
+    reward: float | None  # in [0, 1]; None: the scorer could not decide
+    reason: str  # "match", "mismatch", "no final answer", "truncated", ...
+    scorer: str  # name@version
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Demonstration(Row):
+    """A completion to imitate. Key: (prompt_id, iteration, rollout_index)."""
+
+    prompt_id: str
+    rollout_index: int | None  # None: not sampled (a human or procedural solution)
+    iteration: int
+    prompt: str
+    completion: str
+    reward: float | None
+    source: str  # the policy that wrote it, or the data set it was taken from
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Pair(Row):
+    """Two completions of one prompt, one preferred. Names prompt, chosen, rejected are TRL's."""
+
+    prompt_id: str
+    iteration: int
+    prompt: str
+    chosen: str
+    rejected: str
+    chosen_index: int | None  # rollout_index; None: not sampled
+    rejected_index: int | None
+    chosen_reward: float | None
+    rejected_reward: float | None
+    margin: float | None  # chosen_reward - rejected_reward
+    rule: str  # how the two were put together: "zip", "best_worst", "walk", "gold"
+    swapped: bool  # a judge turned the pair round
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EvaluatedPrompt(Row):
+    """What one strategy scored on one held-out prompt. Key: (strategy, prompt_id)."""
+
+    prompt_id: str
+    strategy: str  # "greedy", "mean@1", "best-of-5 by likelihood", "pass@16", "maj@16"
+    value: float  # in [0, 1]
+    rollouts: int  # n: rollouts the strategy looked at
+    k: int
+    undecided: int  # of them, those whose scorer could not decide; they count as not correct
+    answer: str | None  # what a voting or picking strategy answered
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Metric(Row):
+    """A figure with its interval. Key: (split, strategy)."""
+
+    split: str  # "dev" or "test"
+    strategy: str
+    value: float
+    low: float  # 95 % interval
+    high: float
+    n: int  # prompts
+    k: int
+    seed: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrainingMetric(Row):
+    """One logged figure of a training run. Key: (optimizer_step, name)."""
+
+    optimizer_step: int
+    name: str  # TRL's: "loss", "rewards/margins", "mean_token_accuracy", ...
+    value: float
