@@ -1,0 +1,154 @@
+"""The only place a chat template is applied, for sampling and training alike.
+
+A training row is `render_prompt(...) + render_completion(...)`: token for token what a sampled and finished rollout of
+that completion looks like. The template decides what comes before a completion and which token ends it; the completion
+itself goes through unchanged, also where a template would trim it or put an empty reasoning block before it.
+"""
+
+from collections.abc import Sequence
+from datetime import datetime
+from string import Template
+from typing import Any
+
+from models.engine import EngineConfigurationError, Message
+from models.specs import PromptTemplate
+
+Tokenizer = Any  # transformers' classes are untyped here: pyproject.toml tells mypy to skip them
+
+PINNED_DAY = datetime(2024, 7, 26)  # the day Llama 3's template falls back to
+PROBE = "The answer is 42."  # a completion no template changes, to see what it puts around one
+
+
+def messages_of(template: PromptTemplate, prompt: str) -> tuple[Message, ...]:
+    """The chat messages that ask for a completion of this prompt; a `$` inside the prompt stays a `$`.
+
+    Raises:
+        ValueError: the template holds a `$name` other than `$prompt`.
+    """
+    system = [] if template.system is None else [{"role": "system", "content": _filled(template.system, prompt)}]
+    return (*system, {"role": "user", "content": _filled(template.user, prompt)})
+
+
+def load_tokenizer(
+    weights: str, chat_template: str | None, trust_remote_code: bool, *, revision: str | None = None
+) -> Tokenizer:
+    """The tokenizer of a model, with a chat template that can be used.
+
+    Args:
+        weights: a folder or a hub name.
+        chat_template: Jinja; None: the tokenizer's own.
+    Raises:
+        EngineConfigurationError: there is no tokenizer, no chat template, or one that `check_chat` finds fault with.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(weights, trust_remote_code=trust_remote_code, revision=revision)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise EngineConfigurationError(
+            f"{weights!r} holds no tokenizer that transformers can load: tokenizer.json and tokenizer_config.json were "
+            f"expected beside the weights; found: {error}. Save the tokenizer into that folder."
+        ) from error
+    if chat_template is not None:
+        tokenizer.chat_template = chat_template
+    if not tokenizer.chat_template:
+        raise EngineConfigurationError(
+            f"the tokenizer of {weights!r} has no chat template, so there is no saying how a prompt is put to it; "
+            "set base.chat_template (Jinja) in the preset, or save the tokenizer with one"
+        )
+    if problems := check_chat(tokenizer):
+        raise EngineConfigurationError(
+            f"the chat template of {weights!r} cannot be used: {'; '.join(problems)}. "
+            "Set base.chat_template (Jinja) to one without this fault."
+        )
+    return tokenizer
+
+
+def render_prompt(tokenizer: Tokenizer, messages: Sequence[Message]) -> list[int]:
+    """Token ids of the messages and the opening of the assistant's turn, ready to be continued."""
+    return _ids(tokenizer, _text(tokenizer, messages, open_turn=True))
+
+
+def render_completion(tokenizer: Tokenizer, messages: Sequence[Message], completion: str) -> list[int]:
+    """Token ids that follow `render_prompt` in a finished rollout: the completion and the token that ends the turn.
+
+    Raises:
+        EngineConfigurationError: the template does not render a conversation as a continuation of its prompt.
+    """
+    return _up_to_the_end(tokenizer, _ids(tokenizer, completion + _closing(tokenizer, messages)))
+
+
+def end_of_turn(tokenizer: Tokenizer) -> int | None:
+    """Id of the special token with which the template ends the assistant's turn; sampling stops there, as at EOS."""
+    special = _special_ids(tokenizer)
+    closing = _ids(tokenizer, _closing(tokenizer, [{"role": "user", "content": "What is 40 + 2?"}]))
+    return next((token for token in closing if token in special), None)
+
+
+def check_chat(tokenizer: Tokenizer) -> list[str]:
+    """What is wrong with the tokenizer's chat template, in words; empty when it can be sampled and trained with."""
+    from jinja2 import TemplateError
+
+    probe = [{"role": "user", "content": "What is 40 + 2?"}]
+    try:
+        prompt, end = render_prompt(tokenizer, probe), end_of_turn(tokenizer)
+    except (TemplateError, EngineConfigurationError) as error:
+        return [str(error)]
+    problems = []
+    if end is None:
+        problems.append(
+            "it does not end the assistant's turn with a special token "
+            f"(EOS is {tokenizer.eos_token!r}), so a model trained with it would never learn to stop"
+        )
+    if tokenizer.bos_token_id is not None and prompt[:2] == [tokenizer.bos_token_id] * 2:
+        problems.append(f"it writes {tokenizer.bos_token!r} (BOS) twice")
+    if not prompt:
+        problems.append("it renders a user message as nothing at all")
+    return problems
+
+
+def _filled(text: str, prompt: str) -> str:
+    try:
+        return Template(text).substitute(prompt=prompt)
+    except (KeyError, ValueError) as error:
+        raise ValueError(
+            f"the prompt template {text!r} holds a placeholder other than $prompt ({error}); write $$ for a dollar sign"
+        ) from error
+
+
+def _text(tokenizer: Tokenizer, messages: Sequence[Message], *, open_turn: bool) -> str:
+    # A template that asks for today's date would make every prompt another one tomorrow, hence the pinned day.
+    rendered: str = tokenizer.apply_chat_template(
+        list(messages), tokenize=False, add_generation_prompt=open_turn, strftime_now=PINNED_DAY.strftime
+    )
+    return rendered
+
+
+def _ids(tokenizer: Tokenizer, text: str) -> list[int]:
+    # The template writes BOS itself where the model wants one; the tokenizer must not add a second.
+    return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+
+
+def _closing(tokenizer: Tokenizer, messages: Sequence[Message]) -> str:
+    """What the template writes after a completion."""
+    prompt = _text(tokenizer, messages, open_turn=True)
+    whole = _text(tokenizer, [*messages, {"role": "assistant", "content": PROBE}], open_turn=False)
+    if not whole.startswith(prompt) or PROBE not in whole[len(prompt) :]:
+        raise EngineConfigurationError(
+            "the chat template does not extend its prompt: with the assistant's turn it was expected to begin with "
+            f"{prompt[-80:]!r}, found {whole[-160:]!r}; a model would train on another prompt than it is sampled with. "
+            "Set base.chat_template to one that writes the same generation prompt."
+        )
+    return whole[len(prompt) :].rpartition(PROBE)[2]
+
+
+def _up_to_the_end(tokenizer: Tokenizer, ids: list[int]) -> list[int]:
+    """The ids without what some templates write after the end of the turn (a line break); no rollout has that."""
+    special = _special_ids(tokenizer)
+    last = next((place for place in range(len(ids) - 1, -1, -1) if ids[place] in special), None)
+    return ids if last is None else ids[: last + 1]
+
+
+def _special_ids(tokenizer: Tokenizer) -> frozenset[int]:
+    added = {number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
+    return frozenset({*added, *tokenizer.all_special_ids})
