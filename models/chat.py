@@ -64,6 +64,22 @@ def load_tokenizer(
     return tokenizer
 
 
+def template_only(chat_template: str) -> Tokenizer:
+    """A tokenizer that can render messages as text and nothing else, for a look at a model that is not here."""
+    from tokenizers import Tokenizer as Words
+    from tokenizers.models import WordLevel
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=Words(WordLevel({"?": 0}, unk_token="?")), eos_token="</s>")
+    tokenizer.chat_template = chat_template
+    return tokenizer
+
+
+def render_text(tokenizer: Tokenizer, messages: Sequence[Message]) -> str:
+    """What `render_prompt` tokenises, to be looked at."""
+    return _text(tokenizer, messages, open_turn=True)
+
+
 def render_prompt(tokenizer: Tokenizer, messages: Sequence[Message]) -> list[int]:
     """Token ids of the messages and the opening of the assistant's turn, ready to be continued."""
     return _ids(tokenizer, _text(tokenizer, messages, open_turn=True))
@@ -75,7 +91,13 @@ def render_completion(tokenizer: Tokenizer, messages: Sequence[Message], complet
     Raises:
         EngineConfigurationError: the template does not render a conversation as a continuation of its prompt.
     """
-    return _up_to_the_end(tokenizer, _ids(tokenizer, completion + _closing(tokenizer, messages)))
+    closing = _closing(tokenizer, messages)
+    return _up_to_the_end(tokenizer, _ids(tokenizer, completion + closing), _ids(tokenizer, closing))
+
+
+def render_continuation(tokenizer: Tokenizer, continuation: str) -> list[int]:
+    """Token ids of text that continues `render_prompt`, without an end of turn; this is what an engine scores."""
+    return _ids(tokenizer, continuation)
 
 
 def end_of_turn(tokenizer: Tokenizer) -> int | None:
@@ -142,11 +164,16 @@ def _closing(tokenizer: Tokenizer, messages: Sequence[Message]) -> str:
     return whole[len(prompt) :].rpartition(PROBE)[2]
 
 
-def _up_to_the_end(tokenizer: Tokenizer, ids: list[int]) -> list[int]:
-    """The ids without what some templates write after the end of the turn (a line break); no rollout has that."""
+def _up_to_the_end(tokenizer: Tokenizer, ids: list[int], closing: list[int]) -> list[int]:
+    """The ids up to the end of the turn; templates write line breaks or more after it, which no rollout has.
+
+    Args:
+        closing: the ids of what the template writes after the completion, with which `ids` ends.
+    """
     special = _special_ids(tokenizer)
-    last = next((place for place in range(len(ids) - 1, -1, -1) if ids[place] in special), None)
-    return ids if last is None else ids[: last + 1]
+    behind = sum(token in special for token in closing)  # the completion may hold special tokens too: count from behind
+    places = [place for place, token in enumerate(ids) if token in special]
+    return ids[: places[-behind] + 1] if behind else ids
 
 
 def _special_ids(tokenizer: Tokenizer) -> frozenset[int]:

@@ -1,14 +1,15 @@
 """What an engine is: samples completions for chat messages, and scores given continuations.
 
 An engine is opened once and kept warm; `use` changes the policy under it. All calls are safe from several threads, so
-that shards share one engine and its batch stays full.
+that shards share one engine and its batch stays full. Engines are context managers; leaving one closes it.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from pathlib import Path
+from typing import Protocol, Self
 
-from models.specs import ModelRef, Sampling
+from models.specs import VLLM, EngineSettings, ModelRef, OpenAI, Sampling
 
 Message = dict[str, str]  # {"role": ..., "content": ...}
 
@@ -54,21 +55,83 @@ class Completion:
 class Engine(Protocol):
     """A policy that can be sampled and scored."""
 
-    def use(self, model: LocalModel) -> None:
-        """Serve this model from now on; cheap when it is already served. Call it with no request under way."""
+    def start(self) -> None:
+        """Begin what takes long and needs no model yet (imports), and return at once. Calling it is never needed."""
 
-    def sample(self, requests: Iterable[Request], sampling: Sampling) -> Iterator[Completion]:
-        """Yield each request's completion as it finishes, in any order.
+    def use(self, model: LocalModel) -> None:
+        """Serve this model from now on; cheap when it is already served. Call it with no request under way.
+
+        It does not wait for a model to load: what is wrong with one may be raised by the next `sample` or `score`.
 
         Raises:
-            EngineError: the engine died or stopped answering; completions already yielded are good.
+            EngineConfigurationError: the engine cannot serve this model.
+        """
+
+    def sample(self, requests: Iterable[Request], sampling: Sampling) -> Iterator[Completion]:
+        """Yield each request's completion as it finishes, in any order; the requests are taken as needed.
+
+        Raises:
+            EngineError: the engine died or stopped answering; completions already yielded are good, and the next call
+                starts it afresh.
+            EngineConfigurationError: a request cannot be served, for instance because its prompt is too long.
         """
 
     def score(self, messages: Sequence[Message], continuations: Sequence[str]) -> list[list[float]]:
-        """Log-probabilities (natural) of each continuation's tokens after the rendered messages."""
+        """Log-probabilities (natural) of each continuation's tokens after the rendered messages, without end of turn.
+
+        Raises:
+            EngineError: as in `sample`.
+            EngineConfigurationError: as in `sample`, or the engine cannot score.
+        """
 
     def generated(self) -> int:
         """Rollouts this engine has drawn since it was opened."""
 
     def close(self) -> None:
-        """End the engine and wait until its memory is given back."""
+        """End the engine and wait until its memory is given back; the next call of `use` starts it again."""
+
+    def __enter__(self) -> Self:
+        """The engine itself."""
+
+    def __exit__(self, *raised: object) -> None:
+        """Close it."""
+
+
+def open_engine(settings: EngineSettings, ref: ModelRef | None) -> Engine:
+    """An engine of this kind, not yet started.
+
+    Args:
+        ref: a model to `use` at once, whose name can be opened as it is (a hub name, a folder, "fake:..."); None: the
+            caller finds the files and calls `use`.
+    Raises:
+        EngineConfigurationError: the model's name alone does not say where its files are.
+    """
+    engine = _engine_of(settings)
+    if ref is not None:
+        engine.use(LocalModel(ref=ref, weights=_openable_name(ref)))
+    return engine
+
+
+def _engine_of(settings: EngineSettings) -> Engine:
+    if isinstance(settings, VLLM):
+        from models.vllm_engine import VLLMEngine
+
+        return VLLMEngine(settings)
+    if isinstance(settings, OpenAI):
+        from models.openai_engine import OpenAIEngine
+
+        return OpenAIEngine(settings)
+    from models.fake_engine import FakeEngine
+
+    return FakeEngine(settings)
+
+
+def _openable_name(ref: ModelRef) -> str:
+    """The folder or name from which the model can be loaded as it is."""
+    weights = ref.path or ref.name
+    if ref.adapter is not None or (ref.digest is not None and not Path(weights).is_dir()):
+        raise EngineConfigurationError(
+            f"model {ref.identity!r} is a checkpoint in the home and {weights!r} only its label; open the engine "
+            "with None and call use() with the folder of the checkpoint"
+        )
+    return weights

@@ -38,7 +38,7 @@ class ModelRef(Settings):
     revision: str | None = None  # hub commit
     digest: str | None = None  # content digest; set for checkpoints and, when opened, for local folders
     adapter: str | None = None  # digest of a LoRA adapter in the home, on top of the weights above
-    engine: Literal["vllm", "openai", "fake"] = "vllm"
+    path: str | None = None  # where a local folder lies; its digest is what counts
     chat_template: str | None = None  # Jinja; None: the tokenizer's own
     trust_remote_code: bool = False
 
@@ -101,10 +101,10 @@ class VLLM(Settings):
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     gpu_memory_utilization: float = Field(default=0.9, gt=0, le=1)
     kv_cache_gib: int = Field(default=1, ge=1)  # CPU only
-    enforce_eager: bool = False
+    enforce_eager: bool | None = None  # None: on a CPU only, where compiling takes longer than it saves
     max_lora_rank: int | None = None  # set: adapters are loaded into the live engine
     tensor_parallel_size: int = Field(default=1, ge=1)
-    threads: int | None = None  # CPU only; None: all but one core
+    threads: int | None = Field(default=None, ge=1)  # CPU only; None: all but one core
 
 
 class OpenAI(Settings):
@@ -118,15 +118,17 @@ class OpenAI(Settings):
     concurrency: int = Field(default=64, ge=1)  # requests in flight per endpoint
     timeout_seconds: float = Field(default=600.0, gt=0)
     max_retries: int = Field(default=4, ge=0)
+    logprobs: bool = True  # ask for them; False: for servers that refuse, cumulative_logprob is then unknown
 
 
 class Fake(Settings):
     """A deterministic engine without a model, for tests and smoke presets."""
 
-    not_in_key = frozenset({"seconds_per_request"})
+    not_in_key = frozenset({"seconds_per_request", "fail_prompts"})
 
     kind: Literal["fake"] = "fake"
     seconds_per_request: float = Field(default=0.0, ge=0)
+    fail_prompts: tuple[str, ...] = ()  # a prompt that contains one of these brings the engine down
 
 
 EngineSettings = Annotated[VLLM | OpenAI | Fake, Field(discriminator="kind")]

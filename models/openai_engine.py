@@ -1,0 +1,338 @@
+"""Any OpenAI-compatible endpoints, several at once: `vllm serve` on other machines, or a hosted model as judge.
+
+Requests go to the least loaded endpoint and are tried again, with growing pauses, where that may help. An endpoint that
+keeps failing is dropped and its requests move on. The server applies its own chat template to the messages.
+"""
+
+import asyncio
+import itertools
+import logging
+import os
+import random
+import threading
+from collections.abc import Coroutine, Iterable, Iterator, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from email.utils import parsedate_to_datetime
+from queue import SimpleQueue
+from typing import Any, Self, TypeVar
+
+import httpx
+
+from models.engine import Completion, EngineConfigurationError, EngineError, LocalModel, Message, Request
+from models.specs import OpenAI, Sampling
+
+Body = dict[str, Any]  # a JSON object of the protocol
+T = TypeVar("T")
+
+logger = logging.getLogger("ratchet.openai")
+
+FIRST_PAUSE_SECONDS = 0.5  # doubles with each try
+LONGEST_PAUSE_SECONDS = 60.0
+FAILURES_OF_A_DEAD_ENDPOINT = 3  # in a row
+FINISHED = {"stop": "stop", "eos": "stop", "length": "length", "content_filter": "length"}  # cut short by either
+
+
+class _Retry(Exception):
+    """This try failed and another may not.
+
+    Args:
+        wait_seconds: what the server asked for, if it did.
+        counts: whether it tells against the endpoint.
+    """
+
+    def __init__(self, reason: str, *, wait_seconds: float | None = None, counts: bool = True) -> None:
+        super().__init__(reason)
+        self.wait_seconds = wait_seconds
+        self.counts = counts
+
+
+@dataclass
+class _Endpoint:
+    url: str
+    in_flight: int = 0
+    failures: int = 0  # in a row
+    last_failure: str = ""
+
+    @property
+    def dead(self) -> bool:
+        return self.failures >= FAILURES_OF_A_DEAD_ENDPOINT
+
+
+class OpenAIEngine:
+    """An engine behind HTTP; see `models.engine.Engine` for what its methods promise."""
+
+    def __init__(self, settings: OpenAI) -> None:
+        self._settings = settings
+        self._model: LocalModel | None = None
+        self._endpoints = [_Endpoint(url.rstrip("/")) for url in settings.endpoints]
+        self._pool: _Pool | None = None
+        self._lock = threading.Lock()  # over _pool and _generated
+        self._generated = 0
+
+    def start(self) -> None:
+        """Nothing takes long here."""
+
+    def use(self, model: LocalModel) -> None:
+        """Ask for the model by its name from now on, and give dropped endpoints another chance."""
+        if model.ref.chat_template is not None or model.adapter is not None:
+            raise EngineConfigurationError(
+                f"model {model.ref.name!r} comes with a chat template or an adapter of its own, but an endpoint serves "
+                "what it was started with; start the server with them and remove them from the preset"
+            )
+        self._model = model
+        for endpoint in self._endpoints:
+            endpoint.failures = 0
+
+    def sample(self, requests: Iterable[Request], sampling: Sampling) -> Iterator[Completion]:
+        """Yield each completion as it arrives. A request that fails is raised once the others are through."""
+        pool, failure = self._ready_pool(), None
+        replies: SimpleQueue[Future[Completion]] = SimpleQueue()
+        waiting: set[Future[Completion]] = set()
+        remaining = iter(requests)
+        try:
+            while True:
+                room = 2 * self._settings.concurrency * len(self._endpoints) - len(waiting) if failure is None else 0
+                for request in itertools.islice(remaining, room):
+                    waiting.add(future := pool.submit(self._drawn(pool, request, sampling)))
+                    future.add_done_callback(replies.put)
+                if not waiting:
+                    break
+                waiting.remove(done := replies.get())
+                if error := done.exception():
+                    failure = failure or error
+                    continue
+                with self._lock:
+                    self._generated += 1
+                yield done.result()
+        finally:
+            for future in waiting:
+                future.cancel()
+        if failure is not None:
+            raise failure
+
+    def score(self, messages: Sequence[Message], continuations: Sequence[str]) -> list[list[float]]:
+        """Log-probabilities from `prompt_logprobs`, which `vllm serve` knows and hosted endpoints do not."""
+        pool = self._ready_pool()
+        wanted = [text for text in continuations if text]
+        futures = [pool.submit(self._scored(pool, messages, text)) for text in wanted]
+        known = dict(zip(wanted, [future.result() for future in futures], strict=True))
+        return [known.get(text, []) for text in continuations]
+
+    def generated(self) -> int:
+        """Completions received since the engine was opened."""
+        return self._generated
+
+    def close(self) -> None:
+        """Close the connections."""
+        with self._lock:
+            if self._pool is not None:
+                self._pool.close()
+                self._pool = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *raised: object) -> None:
+        self.close()
+
+    def _ready_pool(self) -> "_Pool":
+        if self._model is None:
+            raise EngineConfigurationError("the OpenAI engine has no model to ask for yet; call use(model) first")
+        with self._lock:
+            if self._pool is None:
+                self._pool = _Pool(self._settings, self._endpoints)
+            return self._pool
+
+    async def _drawn(self, pool: "_Pool", request: Request, sampling: Sampling) -> Completion:
+        fields = _decoding(sampling) | ({"logprobs": True} if self._settings.logprobs else {})
+        body = self._body(request.messages, seed=request.seed, n=1, **fields)
+        choice, answer = await pool.post("/chat/completions", body)
+        logprobs = [token["logprob"] for token in (choice.get("logprobs") or {}).get("content") or []]
+        usage = answer.get("usage") or {}
+        if "completion_tokens" not in usage and not logprobs:
+            raise EngineConfigurationError(
+                f"the endpoint reports neither usage nor logprobs for {request.key!r}, so its tokens cannot be counted; "
+                "use a server that reports usage"
+            )
+        return Completion(
+            key=request.key,
+            text=choice["message"].get("content") or "",
+            prompt_tokens=usage.get("prompt_tokens", 0),  # unknown to a server that reports logprobs only
+            completion_tokens=usage.get("completion_tokens", len(logprobs)),
+            finish_reason=FINISHED[choice["finish_reason"]],
+            cumulative_logprob=sum(logprobs) if logprobs else None,
+        )
+
+    async def _scored(self, pool: "_Pool", messages: Sequence[Message], continuation: str) -> list[float]:
+        one = {"max_tokens": 1, "temperature": 0.0, "prompt_logprobs": 0}
+        _, opened = await pool.post("/chat/completions", self._body(messages, **one))
+        more = [*messages, {"role": "assistant", "content": continuation}]
+        whole = self._body(more, add_generation_prompt=False, continue_final_message=True, **one)
+        _, scored = await pool.post("/chat/completions", whole)
+        first, places = (answer.get("prompt_logprobs") for answer in (opened, scored))
+        if not first or not places or len(places) <= len(first):
+            raise EngineConfigurationError(
+                "the endpoint cannot score: the reply was expected to hold prompt_logprobs for the prompt and its "
+                f"continuation, found {places!r:.200}; score with a `vllm serve` endpoint or the vllm engine"
+            )
+        return [next(iter(place.values()))["logprob"] for place in places[len(first) :]]
+
+    def _body(self, messages: Sequence[Message], **fields: object) -> Body:
+        assert self._model is not None
+        return {"model": self._model.ref.name, "messages": list(messages), **fields}
+
+
+class _Pool:
+    """An event loop in a thread of its own, and the connections to the endpoints; endpoints change in that loop only."""
+
+    def __init__(self, settings: OpenAI, endpoints: Sequence[_Endpoint]) -> None:
+        self._settings = settings
+        self._endpoints = endpoints
+        key = os.environ.get(settings.api_key_variable)
+        self._client = httpx.AsyncClient(
+            headers={"Authorization": f"Bearer {key}"} if key else {},
+            timeout=settings.timeout_seconds,
+            limits=httpx.Limits(max_connections=None),
+        )
+        self._free = asyncio.Condition()
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever, daemon=True, name="ratchet-openai")
+        self._thread.start()
+
+    def submit(self, work: Coroutine[Any, Any, T]) -> "Future[T]":
+        """Run this in the loop."""
+        return asyncio.run_coroutine_threadsafe(work, self._loop)
+
+    def close(self) -> None:
+        """Cancel what is under way and close the connections."""
+        self.submit(self._end()).result()
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join()
+        self._loop.close()
+
+    async def post(self, path: str, body: Body) -> tuple[Body, Body]:
+        """(first choice, whole answer) of the first try that works.
+
+        Raises:
+            EngineError: every try failed, or no endpoint is left.
+            EngineConfigurationError: the server refuses the request.
+        """
+        for attempt in itertools.count():
+            endpoint = await self._least_loaded()
+            try:
+                answer = await self._try(endpoint.url + path, body)
+                endpoint.failures = 0
+                return answer
+            except _Retry as failed:
+                self._note(endpoint, failed)
+                reason = failed
+            finally:
+                await self._give_back(endpoint)
+            if attempt >= self._settings.max_retries and not endpoint.dead:  # a dead endpoint's requests move on
+                raise EngineError(
+                    f"{endpoint.url}{path} failed {attempt + 1} times in a row for one request, at last with: {reason}; "
+                    "see the server's log, or raise engine.max_retries or engine.timeout_seconds"
+                ) from reason
+            await asyncio.sleep(_pause(attempt, reason.wait_seconds))
+        raise AssertionError("the loop above has no end")
+
+    async def _try(self, url: str, body: Body) -> tuple[Body, Body]:
+        try:
+            reply = await self._client.post(url, json=body)
+        except httpx.TransportError as error:  # no connection, time-out, body cut short
+            raise _Retry(f"{type(error).__name__} {error}") from error
+        if reply.status_code in (408, 429):
+            asked = _seconds(reply.headers.get("retry-after"))
+            raise _Retry(f"HTTP {reply.status_code}: {reply.text:.300}", wait_seconds=asked, counts=False)
+        if reply.status_code >= 500:
+            asked = _seconds(reply.headers.get("retry-after"))
+            raise _Retry(f"HTTP {reply.status_code}: {reply.text:.300}", wait_seconds=asked)
+        if reply.status_code != 200:
+            raise EngineConfigurationError(
+                f"{url} refuses requests for model {body['model']!r} with HTTP {reply.status_code}: {reply.text:.500}"
+            )
+        return _read(reply)
+
+    async def _least_loaded(self) -> _Endpoint:
+        """An endpoint with room, now taken; those that failed last are the last choice."""
+        async with self._free:
+            while True:
+                alive = [endpoint for endpoint in self._endpoints if not endpoint.dead]
+                if not alive:
+                    failures = "; ".join(f"{endpoint.url}: {endpoint.last_failure}" for endpoint in self._endpoints)
+                    raise EngineError(f"no endpoint is left, each failed several times in a row: {failures}")
+                free = [endpoint for endpoint in alive if endpoint.in_flight < self._settings.concurrency]
+                if free:
+                    chosen = min(free, key=lambda endpoint: (endpoint.failures > 0, endpoint.in_flight))
+                    chosen.in_flight += 1
+                    return chosen
+                await self._free.wait()
+
+    async def _give_back(self, endpoint: _Endpoint) -> None:
+        async with self._free:
+            endpoint.in_flight -= 1
+            self._free.notify_all() if endpoint.dead else self._free.notify()
+
+    def _note(self, endpoint: _Endpoint, failed: _Retry) -> None:
+        endpoint.last_failure = str(failed)
+        if failed.counts:
+            endpoint.failures += 1
+            if endpoint.failures == FAILURES_OF_A_DEAD_ENDPOINT:
+                logger.warning("dropped endpoint %s after %d failures: %s", endpoint.url, endpoint.failures, failed)
+
+    async def _end(self) -> None:
+        others = asyncio.all_tasks() - {asyncio.current_task()}
+        for task in others:
+            task.cancel()
+        await asyncio.gather(*others, return_exceptions=True)
+        await self._client.aclose()
+
+
+def _decoding(sampling: Sampling) -> Body:
+    """Fields of the request; `top_k` and `stop` only where they say something, since many servers refuse top_k."""
+    fields: Body = {
+        "temperature": sampling.temperature,
+        "top_p": sampling.top_p,
+        "max_tokens": sampling.max_completion_tokens,
+    }
+    if sampling.top_k > 0:
+        fields["top_k"] = sampling.top_k
+    if sampling.stop:
+        fields["stop"] = list(sampling.stop)
+    return fields
+
+
+def _read(reply: httpx.Response) -> tuple[Body, Body]:
+    """(first choice, whole answer), if the answer is complete."""
+    try:
+        answer: Body = reply.json()
+        choice: Body = answer["choices"][0]
+        if not isinstance(choice["message"], dict) or choice["finish_reason"] not in FINISHED:
+            raise ValueError(f"finish_reason {choice['finish_reason']!r}")
+    except (ValueError, KeyError, IndexError, TypeError) as error:
+        raise _Retry(f"no complete choice in the reply ({type(error).__name__}: {error}): {reply.text:.200}") from error
+    return choice, answer
+
+
+def _pause(attempt: int, asked: float | None) -> float:
+    """Seconds until the next try: what the server asked for, or twice as long each time, a little spread out."""
+    if asked is not None:
+        return min(asked, LONGEST_PAUSE_SECONDS)
+    return min(FIRST_PAUSE_SECONDS * 2**attempt, LONGEST_PAUSE_SECONDS) * random.uniform(0.8, 1.2)
+
+
+def _seconds(retry_after: str | None) -> float | None:
+    """What a Retry-After header asks for: a number of seconds or a date."""
+    if retry_after is None:
+        return None
+    try:
+        return max(0.0, float(retry_after))
+    except ValueError:
+        pass
+    try:
+        moment = parsedate_to_datetime(retry_after)
+    except ValueError:
+        return None
+    return max(0.0, (moment - datetime.now(UTC)).total_seconds()) if moment.tzinfo else None

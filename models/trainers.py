@@ -1,0 +1,528 @@
+"""The only module that knows TRL: supervised fine-tuning and preference training of a policy, on our own token ids.
+
+Both run in a child process (models/worker.py). Rows are rendered by models/chat.py, so that a model is trained on the
+very ids it is sampled with; TRL's own tokenising, truncating and template handling are not used.
+"""
+
+import json
+import logging
+import math
+import os
+import shutil
+import time
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from functools import cache
+from pathlib import Path
+from typing import Annotated, Any, Literal, NamedTuple
+
+from pydantic import Field
+
+from models.chat import Tokenizer, load_tokenizer, messages_of, render_completion, render_prompt
+from models.specs import SFT, Optimization, Preference, PromptTemplate, Settings, TinyModel
+
+logger = logging.getLogger("models.trainers")
+
+TOO_LONG = "longer than max_length"
+WHOLE = "whole.json"  # written last into a checkpoint: what it belongs to, and the size of each of its files
+SCHEDULES = {"trapezoid": "warmup_stable_decay"}  # where transformers has another name
+KEPT_CHECKPOINTS = 2  # one may be torn
+
+
+class _Job(Settings):
+    rows: tuple[Path, ...] = Field(min_length=1)  # Parquet files
+    template: PromptTemplate = PromptTemplate()
+    output: Path  # folder that receives the model, or the adapter
+    checkpoints: Path  # folder for work in progress; delete it when the job is done
+    metrics: Path  # JSON lines: optimizer_step, name, value
+
+
+class _PolicyJob(_Job):
+    weights: str  # folder or hub name
+    revision: str | None = None  # hub commit
+    adapter: Path | None = None  # folder of a LoRA adapter on top of the weights
+    chat_template: str | None = None
+    trust_remote_code: bool = False
+
+
+class SFTJob(_PolicyJob):
+    """Train on demonstrations: columns prompt, completion."""
+
+    kind: Literal["sft"] = "sft"
+    settings: SFT
+
+
+class PreferenceJob(_PolicyJob):
+    """Train on pairs: columns prompt, chosen, rejected. The reference is the policy as it starts."""
+
+    kind: Literal["preference"] = "preference"
+    settings: Preference
+
+
+class TinyJob(_Job):
+    """Build the tiny model from demonstrations (models/tiny.py)."""
+
+    kind: Literal["tiny"] = "tiny"
+    settings: TinyModel
+
+
+TrainingJob = Annotated[SFTJob | PreferenceJob | TinyJob, Field(discriminator="kind")]
+
+
+class TrainingOutcome(NamedTuple):
+    """What a training did. The weights are in the job's output folder."""
+
+    optimizer_steps: int
+    rows: int  # trained on
+    dropped: dict[str, int]  # reason -> rows left out
+    tokens: int  # seen, over all epochs, padding not counted
+    seconds: float  # of optimizer steps, without loading and saving
+    metrics: Path
+
+
+class Batching(NamedTuple):
+    """How the global batch is split."""
+
+    per_device: int
+    accumulation: int
+    optimizer_steps: int
+
+
+def fit_sft(job: SFTJob) -> TrainingOutcome:
+    """Fine-tune on demonstrations, the loss being on the completion and the token that ends it only.
+
+    Raises:
+        ValueError: no row is short enough, or the batch cannot be split as declared.
+    """
+    from trl import SFTConfig, SFTTrainer
+
+    _score_completions_only()
+    tokenizer = load_tokenizer(job.weights, job.chat_template, job.trust_remote_code, revision=job.revision)
+    rows, dropped = sft_rows(job, tokenizer)
+    arguments = _arguments(job, job.settings, len(rows))
+    trainer = SFTTrainer(
+        model=_starting_model(job, job.settings),
+        args=SFTConfig(
+            **arguments,
+            max_length=job.settings.max_length,
+            packing=False,
+            padding_free=False,
+            loss_type="nll",
+            completion_only_loss=True,
+            dataset_kwargs={"skip_prepare_dataset": True},  # the rows hold input_ids and labels
+        ),
+        train_dataset=_dataset(rows),
+        processing_class=tokenizer,
+        peft_config=_new_adapter(job, job.settings),
+    )
+    return _train(trainer, job, job.settings, len(rows), dropped)
+
+
+def fit_preferences(job: PreferenceJob) -> TrainingOutcome:
+    """Train on pairs against the policy as it starts; dropout is off, also a LoRA's (TRL's default for DPO).
+
+    Raises:
+        ValueError: no pair is short enough, or the batch cannot be split as declared.
+    """
+    from trl import DPOConfig
+
+    settings = job.settings
+    _score_completions_only()
+    tokenizer = load_tokenizer(job.weights, job.chat_template, job.trust_remote_code, revision=job.revision)
+    rows, dropped = preference_rows(job, tokenizer)
+    arguments = _arguments(job, settings, len(rows))
+    needs_a_copy = settings.lora is None and not settings.precompute_reference
+    trainer = _dpo_trainer()(
+        model=_starting_model(job, settings),
+        ref_model=_starting_model(job, settings) if needs_a_copy else None,  # LoRA: the adapter is switched off instead
+        args=DPOConfig(
+            **arguments,
+            max_length=settings.max_length,
+            padding_free=False,
+            loss_type=list(settings.loss_type),
+            loss_weights=list(settings.loss_weights) if settings.loss_weights else None,
+            beta=settings.beta,
+            label_smoothing=settings.label_smoothing,
+            precompute_ref_log_probs=settings.precompute_reference,
+            disable_dropout=True,
+        ),
+        train_dataset=_dataset(rows),
+        processing_class=tokenizer,
+        peft_config=_new_adapter(job, settings),
+    )
+    return _train(trainer, job, settings, len(rows), dropped)
+
+
+def sft_rows(job: SFTJob, tokenizer: Tokenizer) -> tuple[list[dict[str, Any]], Counter[str]]:
+    """Rows of input_ids and labels, -100 on the prompt, and how many were dropped by reason.
+
+    Raises:
+        ValueError: no row is left.
+    """
+    import numpy as np
+
+    kept, dropped = [], Counter[str]()
+    for prompt, completion in read_columns(job.rows, ("prompt", "completion")):
+        prompt_ids, (ids,) = _render(tokenizer, job.template, prompt, completion)
+        if len(prompt_ids) + len(ids) > job.settings.max_length:
+            dropped[TOO_LONG] += 1
+            continue
+        labels = [-100] * len(prompt_ids) + ids
+        kept.append({"input_ids": np.array(prompt_ids + ids, np.int32), "labels": np.array(labels, np.int32)})
+    _check_some_left(job, len(kept), dropped)
+    return kept, dropped
+
+
+def preference_rows(job: PreferenceJob, tokenizer: Tokenizer) -> tuple[list[dict[str, Any]], Counter[str]]:
+    """Rows of prompt_ids, chosen_ids and rejected_ids, and how many were dropped by reason.
+
+    Raises:
+        ValueError: no row is left.
+    """
+    import numpy as np
+
+    kept, dropped = [], Counter[str]()
+    for prompt, chosen, rejected in read_columns(job.rows, ("prompt", "chosen", "rejected")):
+        prompt_ids, sides = _render(tokenizer, job.template, prompt, chosen, rejected)
+        if len(prompt_ids) + max(map(len, sides)) > job.settings.max_length:
+            dropped[TOO_LONG] += 1
+            continue
+        columns = zip(("prompt_ids", "chosen_ids", "rejected_ids"), (prompt_ids, *sides), strict=True)
+        kept.append({name: np.array(ids, np.int32) for name, ids in columns})
+    _check_some_left(job, len(kept), dropped)
+    return kept, dropped
+
+
+def read_columns(files: Sequence[Path], columns: Sequence[str]) -> Iterator[tuple[str, ...]]:
+    """These text columns of all rows of the Parquet files, in order."""
+    import pyarrow.parquet as pq
+
+    for file in files:
+        for batch in pq.ParquetFile(file).iter_batches(columns=list(columns)):
+            yield from zip(*(batch.column(name).to_pylist() for name in columns), strict=True)
+
+
+def split_batch(settings: Optimization, rows: int, devices: int) -> Batching:
+    """How the declared global batch is reached on these devices, and how many optimizer steps that makes.
+
+    Raises:
+        ValueError: the global batch is not a multiple of what the devices take at once.
+    """
+    per_device = settings.per_device_batch_size or max(1, settings.global_batch_size // devices)
+    at_once = per_device * devices
+    if settings.global_batch_size % at_once:
+        raise ValueError(
+            f"global_batch_size is {settings.global_batch_size}, but {devices} devices x {per_device} rows "
+            f"(per_device_batch_size) take {at_once} at once, which does not divide it; change one of the two"
+        )
+    accumulation = settings.global_batch_size // at_once
+    steps_an_epoch = math.ceil(math.ceil(rows / at_once) / accumulation)
+    steps = settings.max_steps or math.ceil(settings.epochs * steps_an_epoch)
+    return Batching(per_device, accumulation, steps)
+
+
+def last_whole_checkpoint(folder: Path, belongs_to: dict[str, Any]) -> Path | None:
+    """The newest checkpoint whose files are all there and that this training wrote; others are removed."""
+    for checkpoint in sorted(folder.glob("checkpoint-*"), key=lambda path: -int(path.name.split("-")[1])):
+        if _is_whole(checkpoint, belongs_to):
+            return checkpoint
+        logger.warning("%s is torn or of another training; it is removed", checkpoint)
+        shutil.rmtree(checkpoint)
+    return None
+
+
+def _render(
+    tokenizer: Tokenizer, template: PromptTemplate, prompt: str, *completions: str
+) -> tuple[list[int], list[list[int]]]:
+    messages = messages_of(template, prompt)
+    return render_prompt(tokenizer, messages), [render_completion(tokenizer, messages, text) for text in completions]
+
+
+def _check_some_left(job: _PolicyJob, kept: int, dropped: Counter[str]) -> None:
+    if not kept:
+        names = ", ".join(str(file) for file in job.rows)
+        reasons = ", ".join(f"{reason}: {count:,}" for reason, count in dropped.items()) or "the files hold none"
+        raise ValueError(f"no row of {names} is left to train on ({reasons}); raise max_length or check the rows")
+
+
+def _dataset(rows: list[dict[str, Any]]) -> Any:  # datasets.Dataset
+    from datasets import Dataset
+
+    return Dataset.from_dict({name: [row[name] for row in rows] for name in rows[0]})
+
+
+def _devices() -> int:
+    return int(os.environ.get("WORLD_SIZE", "1"))  # set by accelerate launch
+
+
+def _arguments(job: _Job, settings: Optimization, rows: int) -> dict[str, Any]:
+    """Training arguments in full: TRL's defaults differ from transformers' and are set explicitly."""
+    import torch
+
+    batching = split_batch(settings, rows, _devices())
+    cuda = torch.cuda.is_available()
+    if settings.precision == "float16" and not cuda:
+        raise ValueError("precision is 'float16', which trains on a GPU only, and there is none; use float32")
+    return {
+        "output_dir": str(job.checkpoints),
+        "per_device_train_batch_size": batching.per_device,
+        "gradient_accumulation_steps": batching.accumulation,
+        "max_steps": batching.optimizer_steps,
+        "learning_rate": settings.learning_rate,
+        **_schedule(settings, batching.optimizer_steps),
+        "optim": "adamw_torch_fused",
+        "weight_decay": settings.weight_decay,
+        "adam_beta1": 0.9,
+        "adam_beta2": settings.adam_beta2,
+        "max_grad_norm": settings.max_grad_norm,
+        "bf16": settings.precision == "bfloat16",
+        "fp16": settings.precision == "float16",
+        "use_cpu": not cuda,
+        "dataloader_pin_memory": cuda,
+        "dataloader_num_workers": 0,
+        "gradient_checkpointing": settings.gradient_checkpointing,
+        "gradient_checkpointing_kwargs": {"use_reentrant": False} if settings.gradient_checkpointing else None,
+        "seed": settings.seed,
+        "data_seed": settings.seed,
+        "save_strategy": "steps",
+        "save_steps": settings.save_steps,
+        "save_total_limit": KEPT_CHECKPOINTS,
+        "logging_strategy": "steps",
+        "logging_steps": max(1, min(25, batching.optimizer_steps // 20)),
+        "logging_first_step": True,
+        "report_to": list(settings.report_to) or "none",
+        "disable_tqdm": True,
+        "eval_strategy": "no",
+        "push_to_hub": False,
+    }
+
+
+def _schedule(settings: Optimization, optimizer_steps: int) -> dict[str, Any]:
+    """Learning-rate schedule, every length in optimizer steps."""
+    warmup = round(settings.warmup_ratio * optimizer_steps)
+    decay = min(round(settings.decay_ratio * optimizer_steps), optimizer_steps - warmup)
+    return {
+        "lr_scheduler_type": SCHEDULES.get(settings.schedule, settings.schedule),
+        "lr_scheduler_kwargs": {"num_decay_steps": decay, "decay_type": "linear"}
+        if settings.schedule == "trapezoid"
+        else None,
+        "warmup_steps": warmup,
+    }
+
+
+def _load_weights(job: _PolicyJob, dtype: str) -> Any:  # transformers' model class
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(
+        job.weights, revision=job.revision, dtype=dtype, trust_remote_code=job.trust_remote_code
+    )
+
+
+def _starting_model(job: _PolicyJob, settings: Optimization) -> Any:
+    """The policy as it starts. Weights to train are float32; a LoRA's frozen base is in the chosen precision."""
+    if job.adapter is None:
+        return _load_weights(job, "float32" if settings.lora is None else settings.precision)
+    from peft import PeftModel
+
+    if _continues_adapter(job, settings):
+        return PeftModel.from_pretrained(_load_weights(job, settings.precision), job.adapter, is_trainable=True)
+    return PeftModel.from_pretrained(_load_weights(job, "float32"), job.adapter).merge_and_unload()
+
+
+def _continues_adapter(job: _PolicyJob, settings: Optimization) -> bool:
+    """Whether the same adapter is trained further, which is so when the result is to be an adapter on the same base."""
+    return job.adapter is not None and settings.lora is not None and not settings.lora.merge
+
+
+def _new_adapter(job: _PolicyJob, settings: Optimization) -> Any:  # peft's configuration class
+    if settings.lora is None or _continues_adapter(job, settings):
+        return None
+    from peft import LoraConfig
+
+    return LoraConfig(
+        r=settings.lora.rank,
+        lora_alpha=settings.lora.alpha,
+        lora_dropout=settings.lora.dropout,
+        target_modules=list(settings.lora.target_modules),
+        bias="none",
+        task_type="CAUSAL_LM",
+    )
+
+
+@cache
+def _dpo_trainer() -> Any:
+    from trl import DPOTrainer
+
+    class OnOurIds(DPOTrainer):  # type: ignore[misc] # untyped base
+        """DPOTrainer tokenises again whatever it is given; our rows hold prompt_ids, chosen_ids and rejected_ids."""
+
+        def _prepare_dataset(self, dataset: Any, *_arguments: Any) -> Any:
+            return dataset
+
+    return OnOurIds
+
+
+def _train(trainer: Any, job: _PolicyJob, settings: Optimization, rows: int, dropped: Counter[str]) -> TrainingOutcome:
+    from transformers import PrinterCallback
+
+    belongs_to = {"settings": settings.key(), "rows": rows, "template": job.template.key()}
+    trainer.remove_callback(PrinterCallback)
+    trainer.add_callback(_recorder()(job.metrics))
+    trainer.add_callback(_sealer()(trainer, belongs_to))
+    checkpoint = last_whole_checkpoint(job.checkpoints, belongs_to) if trainer.is_world_process_zero() else None
+    checkpoint = _from_first_process(checkpoint)
+    if checkpoint:
+        trainer._total_train_tokens = json.loads((checkpoint / WHOLE).read_text())["tokens"]  # TRL starts again at 0
+    started = time.monotonic()
+    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    seconds = time.monotonic() - started
+    _save(trainer, job, settings)
+    return TrainingOutcome(
+        optimizer_steps=trainer.state.global_step,
+        rows=rows,
+        dropped=dict(dropped),
+        tokens=int(trainer._total_train_tokens),
+        seconds=seconds,
+        metrics=job.metrics,
+    )
+
+
+def _score_completions_only() -> None:
+    """On a CPU, TRL's fused head scores prompts and padding too, only to mask them: 40 % of a tiny model's step.
+
+    It scores the completions only where Triton is; this makes it do so here. The loss is the same.
+    """
+    import torch
+    from trl.trainer import utils
+
+    if not torch.cuda.is_available():
+        utils._use_triton = lambda device: True
+
+
+def _from_first_process(value: Any) -> Any:
+    from accelerate.utils import broadcast_object_list
+
+    values = [value]
+    broadcast_object_list(values)
+    return values[0]
+
+
+def _save(trainer: Any, job: _PolicyJob, settings: Optimization) -> None:
+    """Write model and tokenizer only, so that the folder's digest depends on the training and nothing else."""
+    merge = settings.lora is not None and settings.lora.merge
+    folder = job.checkpoints / "adapter" if merge else job.output
+    for name in ("is_local", "local_files_only"):  # how the tokenizer was loaded is no part of it
+        trainer.processing_class.init_kwargs.pop(name, None)
+    trainer.save_model(str(folder))
+    if not trainer.is_world_process_zero():
+        return
+    if merge:
+        _merge(job, folder)
+        trainer.processing_class.save_pretrained(job.output)
+    elif settings.lora is not None:
+        _make_adapter_reproducible(folder, job.weights)
+    for name in ("training_args.bin", "README.md"):
+        (job.output / name).unlink(missing_ok=True)
+    shutil.rmtree(job.output / "ref", ignore_errors=True)  # DPO's frozen copy of an adapter that was trained further
+
+
+def _merge(job: _PolicyJob, adapter: Path) -> None:
+    from peft import PeftModel
+
+    base = _load_weights(job, "float32")
+    if job.adapter is not None:
+        base = PeftModel.from_pretrained(base, job.adapter).merge_and_unload()
+    PeftModel.from_pretrained(base, adapter).merge_and_unload().save_pretrained(job.output)
+
+
+def _make_adapter_reproducible(folder: Path, weights: str) -> None:
+    """peft writes sets in the order of their hashes, and the path of the base."""
+    file = folder / "adapter_config.json"
+    config = json.loads(file.read_text())
+    config["target_modules"] = sorted(config["target_modules"])
+    config["base_model_name_or_path"] = Path(weights).name if Path(weights).is_dir() else weights
+    file.write_text(json.dumps(config, indent=2, sort_keys=True))
+
+
+def _is_whole(checkpoint: Path, belongs_to: dict[str, Any]) -> bool:
+    try:
+        seal = json.loads((checkpoint / WHOLE).read_text())
+    except (FileNotFoundError, json.JSONDecodeError):
+        return False
+    sizes = {name: (checkpoint / name).stat().st_size for name in seal["files"] if (checkpoint / name).is_file()}
+    return bool(seal["belongs_to"] == json.loads(json.dumps(belongs_to)) and sizes == seal["files"])
+
+
+@cache
+def _sealer() -> Any:
+    from transformers import TrainerCallback
+
+    class Sealer(TrainerCallback):  # type: ignore[misc] # untyped base
+        """Seals each checkpoint once it is written in full, so that a torn one is never resumed from."""
+
+        def __init__(self, trainer: Any, belongs_to: dict[str, Any]) -> None:
+            self.trainer = trainer
+            self.belongs_to = belongs_to
+
+        def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            if not state.is_world_process_zero:
+                return
+            checkpoint = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+            files = [path for path in checkpoint.rglob("*") if path.is_file()]
+            sizes = {str(path.relative_to(checkpoint)): path.stat().st_size for path in files}
+            seal = {"belongs_to": self.belongs_to, "files": sizes, "tokens": int(self.trainer._total_train_tokens)}
+            (checkpoint / WHOLE).write_text(json.dumps(seal))
+
+    return Sealer
+
+
+@cache
+def _recorder() -> Any:
+    from transformers import TrainerCallback
+
+    class Recorder(TrainerCallback):  # type: ignore[misc] # untyped base
+        """Writes what the trainer logs as JSON lines, and one line a log for people."""
+
+        def __init__(self, file: Path) -> None:
+            self.file = file
+            self.since = time.monotonic()
+            self.tokens = 0.0
+
+        def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            self.since = time.monotonic()
+            if state.is_world_process_zero:
+                _forget_after(self.file, state.global_step)
+
+        def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any], **_: Any) -> None:
+            if not state.is_world_process_zero or "loss" not in logs:  # the summary at the end has no loss
+                return
+            figures = {name: float(value) for name, value in logs.items() if name != "epoch"}
+            figures["tokens_per_second"] = self._speed(figures.get("num_tokens", 0.0))
+            with self.file.open("a") as lines:
+                for name, value in figures.items():
+                    row = {"optimizer_step": state.global_step, "name": name, "value": value}
+                    lines.write(json.dumps(row) + "\n")
+            logger.info(_line(state.global_step, state.max_steps, figures))
+
+        def _speed(self, tokens: float) -> float:
+            now = time.monotonic()
+            speed = (tokens - self.tokens) / max(now - self.since, 1e-9)
+            self.since, self.tokens = now, tokens
+            return max(speed, 0.0)
+
+    return Recorder
+
+
+def _line(step: int, steps: int, figures: dict[str, float]) -> str:
+    shown = [f"loss {figures['loss']:.4f}"]
+    if "rewards/margins" in figures:
+        shown.append(f"margin {figures['rewards/margins']:.3f}, accuracy {figures['rewards/accuracies']:.2f}")
+    return f"optimizer step {step} of {steps}: {', '.join(shown)}, {figures['tokens_per_second']:,.0f} tokens/s"
+
+
+def _forget_after(metrics: Path, optimizer_step: int) -> None:
+    """Keep the metrics up to the step that training goes on from."""
+    lines = metrics.read_text().splitlines() if metrics.exists() else []
+    kept = [line for line in lines if line.endswith("}") and json.loads(line)["optimizer_step"] <= optimizer_step]
+    metrics.parent.mkdir(parents=True, exist_ok=True)
+    metrics.write_text("".join(f"{line}\n" for line in kept))

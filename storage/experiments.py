@@ -1,0 +1,152 @@
+"""The record of an experiment: its settings, what each step did, and its iterations in order.
+
+`experiments/<name>/`: config.json, state.json, steps.jsonl (one line a finished step, of all runs) and
+iterations/<number>.json. Reports and `ratchet status` are computed from these files, never from a session's memory.
+"""
+
+import json
+import os
+from collections.abc import Iterator, Mapping
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict
+
+from storage.durable import put_file
+from storage.home import home
+from storage.names import checked_name
+
+State = Literal["running", "finished", "failed", "interrupted"]
+
+
+class StepRecord(BaseModel):
+    """One step of one run: what it did, and whether it was reused."""
+
+    model_config = ConfigDict(frozen=True)
+
+    run: str
+    step: str
+    iteration: int | None
+    shard: int | None
+    state: Literal["completed", "failed"]
+    cached: bool
+    rows: int | None
+    digest: str | None
+    key: str | None
+    seconds: float
+    counts: dict[str, int]
+    detail: str
+    at: str  # ISO 8601, UTC
+
+
+class IterationRecord(BaseModel):
+    """One iteration: the policy it made, what it was made from, how it did, and whether it replaced the incumbent."""
+
+    model_config = ConfigDict(frozen=True)
+
+    iteration: int  # 0 is the base
+    label: str  # "base", "iteration 1", "dpo"
+    policy: dict[str, Any]  # a ModelRef
+    promoted: bool
+    decision: dict[str, Any] | None  # None: the base needs none
+    metrics: dict[str, dict[str, Any]]  # test split, by strategy: value, low, high, n, k
+    dev_metrics: dict[str, dict[str, Any]]
+    funnel: dict[str, int]  # rows left after each stage, in order
+    drops: dict[str, int]  # rows dropped, by reason
+    references: dict[str, dict[str, Any]]  # data sets, by role
+
+
+class ExperimentState(BaseModel):
+    """Where an experiment stands."""
+
+    state: State
+    run: str
+    started_at: str
+    finished_at: str | None = None
+    pid: int
+    error: str | None = None
+    prefect_url: str | None = None
+
+
+class Experiment:
+    """The folder of one experiment."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.folder = home() / "experiments" / checked_name(name, "an experiment's name")
+
+    def begin(self, run: str, config: Mapping[str, Any], *, prefect_url: str | None) -> None:
+        """Note a run's settings and that it is running."""
+        (self.folder / "iterations").mkdir(parents=True, exist_ok=True)
+        _write(self.folder / "config.json", dict(config))
+        state = ExperimentState(state="running", run=run, started_at=now(), pid=os.getpid(), prefect_url=prefect_url)
+        _write(self.folder / "state.json", state.model_dump())
+
+    def end(self, state: State, error: str | None = None) -> None:
+        """Note how the run ended."""
+        ended = self.state().model_copy(update={"state": state, "finished_at": now(), "error": error})
+        _write(self.folder / "state.json", ended.model_dump())
+
+    def state(self) -> ExperimentState:
+        """How the last run stands; one whose process is gone is interrupted, whatever the file says."""
+        state = ExperimentState.model_validate_json((self.folder / "state.json").read_text())
+        if state.state == "running" and not _alive(state.pid):
+            return state.model_copy(update={"state": "interrupted"})
+        return state
+
+    def config(self) -> dict[str, Any]:
+        """The resolved settings of the last run."""
+        config: dict[str, Any] = json.loads((self.folder / "config.json").read_text())
+        return config
+
+    def add_step(self, record: StepRecord) -> None:
+        """Append one finished step; a single write, so that threads and a kill cannot tear two lines into one."""
+        with (self.folder / "steps.jsonl").open("a") as lines:
+            lines.write(record.model_dump_json() + "\n")
+
+    def steps(self, *, run: str | None = None) -> list[StepRecord]:
+        """The finished steps in order, of one run or of all; a line torn by a kill is left out."""
+        return [record for record in self._read_steps() if run is None or record.run == run]
+
+    def add_iteration(self, record: IterationRecord) -> None:
+        """Write one iteration's record; the same iteration again replaces it."""
+        _write(self.folder / "iterations" / f"{record.iteration:03}.json", record.model_dump())
+
+    def iterations(self) -> list[IterationRecord]:
+        """The iterations in order."""
+        files = sorted((self.folder / "iterations").glob("[0-9]*.json"))
+        return [IterationRecord.model_validate_json(file.read_text()) for file in files]
+
+    def forget_iterations_after(self, last: int) -> None:
+        """Remove records of iterations that the present settings no longer have."""
+        for record in self.iterations():
+            if record.iteration > last:
+                (self.folder / "iterations" / f"{record.iteration:03}.json").unlink()
+
+    def _read_steps(self) -> Iterator[StepRecord]:
+        file = self.folder / "steps.jsonl"
+        if not file.exists():
+            return
+        for line in file.read_text().splitlines():
+            if line.endswith("}"):
+                yield StepRecord.model_validate_json(line)
+
+
+def experiments() -> list[Experiment]:
+    """All experiments of the home, by name."""
+    folders = sorted((home() / "experiments").glob("*/state.json"))
+    return [Experiment(folder.parent.name) for folder in folders]
+
+
+def now() -> str:
+    """The present time, ISO 8601 in UTC."""
+    return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+def _write(file: Path, content: Mapping[str, Any]) -> None:
+    put_file(file, json.dumps(content, indent=1), replace=True)
+
+
+def _alive(pid: int) -> bool:
+    return Path(f"/proc/{pid}").exists() if Path("/proc").exists() else True

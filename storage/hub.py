@@ -1,0 +1,241 @@
+"""Where rows come from: a hub data set, a JSONL or Parquet file, or the built-in problems. One shape comes out.
+
+Before a hub is asked, the folder named by RATCHET_DATA is searched for `<id>/<split>.jsonl` or `.parquet`, with the
+whole id ("openai/gsm8k") and with its last part ("gsm8k"), so that a machine without a network can hold what it needs.
+"""
+
+import json
+import os
+import random
+import re
+from collections.abc import Iterator, Mapping
+from itertools import islice
+from pathlib import Path
+from typing import NamedTuple, Self
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+from pydantic import BaseModel, ConfigDict, Field, JsonValue, model_validator
+
+from storage.arithmetic import Arithmetic, make_problems
+from storage.digests import file_sha256
+
+_ANNOTATION = re.compile(r"<<[^<>\n]*>>")  # GSM8K's calculator notes: "48/2 = <<48/2=24>>24"
+
+
+class Section(BaseModel):
+    """Base of a source's settings."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Columns(Section):
+    """Which columns of the source to read; None: the source has none."""
+
+    prompt: str = "prompt"
+    answer: str | None = None
+    completion: str | None = None
+
+
+class RowRange(Section):
+    """Rows start, start + 1, ..., stop - 1 of the source, counted from 0; stop None: to the end."""
+
+    start: int = Field(default=0, ge=0)
+    stop: int | None = Field(default=None, ge=1)
+
+    @model_validator(mode="after")
+    def _is_not_empty(self) -> Self:
+        if self.stop is not None and self.stop <= self.start:
+            raise ValueError(f"rows start at {self.start} and stop at {self.stop}, which leaves none; raise stop")
+        return self
+
+
+class Source(Section):
+    """Where rows come from: exactly one of `hub`, `path` and `arithmetic`; then which rows and columns of it."""
+
+    hub: str | None = None  # data set id, for instance "openai/gsm8k"
+    config: str | None = None
+    split: str = "train"
+    revision: str | None = None  # commit of the data set; None: unpinned
+    path: str | None = None  # JSONL or Parquet, relative to the current directory
+    arithmetic: Arithmetic | None = None
+    columns: Columns = Columns()
+    answer_after: str | None = Field(default=None, min_length=1)  # the answer is what follows this, its last occurrence
+    strip_annotations: bool = True  # remove <<...>> from completions
+    rows: RowRange | None = None  # taken first,
+    shuffle_seed: int | None = None  # then shuffled,
+    limit: int | None = Field(default=None, ge=1)  # then cut
+
+    @model_validator(mode="after")
+    def _names_one_place(self) -> Self:
+        named = [name for name in ("hub", "path", "arithmetic") if getattr(self, name) is not None]
+        if len(named) != 1:
+            raise ValueError(f"a source names exactly one of hub, path and arithmetic; found {named or 'none of them'}")
+        foreign = self.model_fields_set & {"config", "split", "revision"}
+        if foreign and self.hub is None:
+            raise ValueError(f"{sorted(foreign)} belong to a hub source, this one is {named[0]!r}; remove them")
+        if self.arithmetic is not None and self.model_fields_set & {"columns", "answer_after"}:
+            raise ValueError("columns and answer_after do not apply to arithmetic problems; remove them")
+        if self.answer_after is not None and self.columns.answer is None:
+            raise ValueError(
+                f"answer_after is {self.answer_after!r} but columns.answer is null; name the column it is in"
+            )
+        return self
+
+
+class SourceRow(NamedTuple):
+    """One row of a source, as plain text."""
+
+    line: int  # counted from 1, for messages
+    prompt: str
+    answer: str | None
+    completion: str | None
+
+
+def read_source(source: Source) -> Iterator[SourceRow]:
+    """The rows of a source; streamed, unless they are to be shuffled.
+
+    Raises:
+        ValueError: the source is not there, or a row is not as `columns` and `answer_after` say.
+        ConnectionError: the hub cannot be reached.
+    """
+    bounds = source.rows or RowRange()
+    rows = islice(_all_rows(source), bounds.start, bounds.stop)
+    if source.shuffle_seed is not None:
+        shuffled = list(rows)
+        random.Random(f"{source.shuffle_seed}").shuffle(shuffled)
+        rows = islice(shuffled, None)
+    return islice(rows, source.limit)
+
+
+def source_name(source: Source) -> str:
+    """A word or two for the `source` column: no path of this machine, and the same for the same place."""
+    if source.hub is not None:
+        return ":".join(part for part in (source.hub, source.config, source.split) if part)
+    if source.path is not None:
+        return Path(source.path).name
+    assert source.arithmetic is not None  # _names_one_place
+    return f"arithmetic:{source.arithmetic.kind}:{source.arithmetic.split}"
+
+
+def source_key(source: Source) -> dict[str, JsonValue]:
+    """What decides the rows, as plain JSON: files by their content, hub sets by id, config, split and revision.
+
+    A hub set that RATCHET_DATA holds is a file: its content is known, a hub's unpinned revision is not.
+    """
+    place: dict[str, JsonValue] = {}
+    if source.arithmetic is not None:
+        place["arithmetic"] = source.arithmetic.model_dump(mode="json")
+    elif (file := _local_file(source)) is not None:
+        place["file"] = file_sha256(file)
+    else:
+        place = {"hub": source.hub, "config": source.config, "split": source.split, "revision": source.revision}
+    places = {"hub", "config", "split", "revision", "path", "arithmetic"}
+    return {"name": source_name(source), **place, **source.model_dump(mode="json", exclude=places)}
+
+
+def _all_rows(source: Source) -> Iterator[SourceRow]:
+    if source.arithmetic is not None:
+        for line, problem in enumerate(make_problems(source.arithmetic), start=1):
+            yield SourceRow(line, problem.prompt, problem.answer, problem.completion)
+        return
+    file = _local_file(source)
+    place = str(file) if file is not None else source_name(source)
+    for line, record in _records(file) if file is not None else enumerate(_hub_records(source), start=1):
+        yield _source_row(record, line, source, place)
+
+
+def _source_row(record: Mapping[str, object], line: int, source: Source, place: str) -> SourceRow:
+    where = f"{place} row {line}"
+    columns = source.columns
+    prompt = _text(record, columns.prompt, where)
+    if not prompt.strip():
+        raise ValueError(f"{where}: column {columns.prompt!r} is empty, expected a prompt; remove the row")
+    answer = _text(record, columns.answer, where) if columns.answer is not None else None
+    completion = _text(record, columns.completion, where) if columns.completion is not None else None
+    if answer is not None and source.answer_after is not None:
+        _, marker, answer_part = answer.rpartition(source.answer_after)
+        if not marker or not answer_part.strip():
+            raise ValueError(
+                f"{where}: expected an answer after {source.answer_after!r} in column {columns.answer!r}, "
+                f"found {answer[-60:]!r}; correct the row or answer_after"
+            )
+        answer = answer_part.strip()
+    if completion is not None and source.strip_annotations:
+        completion = _ANNOTATION.sub("", completion)
+    return SourceRow(line, prompt, answer, completion)
+
+
+def _text(record: Mapping[str, object], column: str, where: str) -> str:
+    if column not in record:
+        raise ValueError(f"{where}: expected a column {column!r}, found {sorted(record)}; set `columns` of the source")
+    value = record[column]
+    if not isinstance(value, str):
+        raise ValueError(f"{where}: column {column!r} is {value!r}, expected text; convert the column or name another")
+    return value
+
+
+def _local_file(source: Source) -> Path | None:
+    """The file to read, or None if the hub has to be asked."""
+    if source.path is not None:
+        path = Path(source.path).expanduser()
+        if not path.is_file():
+            raise ValueError(f"{source.path} is not a file in {Path.cwd()}; correct `path` of the source")
+        return path
+    folder = os.environ.get("RATCHET_DATA")
+    if source.hub is None or not folder:
+        return None
+    names = [source.hub, source.hub.rpartition("/")[2]]
+    candidates = [Path(folder) / name / f"{source.split}.{kind}" for name in names for kind in ("jsonl", "parquet")]
+    return next((path for path in candidates if path.is_file()), None)
+
+
+def _records(file: Path) -> Iterator[tuple[int, Mapping[str, object]]]:
+    if file.suffix == ".jsonl":
+        return _jsonl_records(file)
+    if file.suffix == ".parquet":
+        return enumerate(_parquet_records(file), start=1)
+    raise ValueError(f"{file} ends with {file.suffix!r}, expected .jsonl or .parquet; convert it")
+
+
+def _jsonl_records(file: Path) -> Iterator[tuple[int, Mapping[str, object]]]:
+    with file.open("rb") as lines:
+        for number, line in enumerate(lines, start=1):
+            if not line.strip():
+                continue
+            try:
+                record = json.loads(line)
+            except ValueError as error:  # not JSON, or not UTF-8
+                raise ValueError(
+                    f"{file} line {number} is not JSON: {error}; found {line[:60]!r}; correct it"
+                ) from error
+            if not isinstance(record, dict):
+                raise ValueError(f"{file} line {number} is {record!r}, expected an object of columns; correct it")
+            yield number, record
+
+
+def _parquet_records(file: Path) -> Iterator[Mapping[str, object]]:
+    try:
+        parquet = pq.ParquetFile(file)
+    except pa.ArrowInvalid as error:
+        raise ValueError(f"{file} is not a Parquet file: {error}; download or write it again") from error
+    with parquet:
+        for batch in parquet.iter_batches(batch_size=1_000):
+            yield from batch.to_pylist()
+
+
+def _hub_records(source: Source) -> Iterator[Mapping[str, object]]:
+    import datasets
+
+    file = f"<RATCHET_DATA>/{source.hub}/{source.split}.jsonl"
+    try:
+        loaded = datasets.load_dataset(source.hub, source.config, split=source.split, revision=source.revision)
+    except ConnectionError as error:
+        raise ConnectionError(
+            f"{source_name(source)} is not at hand and its hub cannot be reached: {error}; or put it at {file}"
+        ) from error
+    except (ValueError, FileNotFoundError) as error:
+        raise ValueError(
+            f"{source_name(source)} cannot be loaded: {error}; correct hub, config, split or revision"
+        ) from error
+    yield from loaded

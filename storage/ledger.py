@@ -1,0 +1,210 @@
+"""Rollouts in progress: append-only Parquet parts, so that sampling survives a kill and no row is paid for twice.
+
+    home/ledger/<digest of key>/key.json, part-*.parquet
+
+A ledger belongs to a policy, its decoding settings and its prompt template; rows are keyed (prompt_id, rollout_index).
+Several processes may append to one ledger: each part has a name of its own, and the first part that holds a key wins.
+A set of rollout indexes is a bit mask: bit i stands for rollout_index i.
+"""
+
+import logging
+import os
+import threading
+import time
+import uuid
+from collections.abc import Container, Iterator, Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from storage.datasets import DatasetError
+from storage.digests import canonical_json, digest_of
+from storage.durable import attempt_name, put_file, remove_stale_attempts, sync
+from storage.home import home
+from storage.rows import Rollout
+from storage.schemas import arrow_schema, batch_of, rows_of
+
+logger = logging.getLogger(__name__)
+
+READ_ROWS = 20_000  # rows that `read` holds at one time, give or take one prompt's
+_KEY_COLUMNS = ["prompt_id", "rollout_index"]
+_REDRAW = "remove that file, and its rows are drawn again"
+
+
+class Ledger:
+    """The rollouts drawn so far under one sampling key.
+
+    Args:
+        key: plain JSON; everything that decides how a rollout is drawn, apart from its prompt and its index.
+    """
+
+    def __init__(self, key: Mapping[str, object]) -> None:
+        self.folder = home() / "ledger" / digest_of(key)
+        put_file(self.folder / "key.json", canonical_json(key), replace=False)
+        remove_stale_attempts(self.folder)
+
+    def present(self, prompt_ids: Container[str] | None = None) -> dict[str, int]:
+        """Which rollouts are there, as prompt_id -> bit mask of rollout indexes; only of `prompt_ids` when given.
+
+        Raises:
+            DatasetError: a part cannot be read.
+        """
+        masks: dict[str, int] = {}
+        for part in self._parts():
+            for prompt_id, index in _keys(_read(part, _KEY_COLUMNS)):
+                if prompt_ids is None or prompt_id in prompt_ids:
+                    masks[prompt_id] = masks.get(prompt_id, 0) | 1 << index
+        return masks
+
+    def append(self, rows: Sequence[Rollout]) -> None:
+        """Store rows as one new part; when this returns they are on the disk."""
+        if not rows:
+            return
+        attempt = self.folder / attempt_name()
+        try:
+            pq.write_table(pa.Table.from_batches([batch_of(rows, Rollout)]), attempt, compression="zstd")
+            sync(attempt)
+            attempt.rename(self.folder / f"part-{time.time_ns():020d}-{os.getpid()}-{uuid.uuid4().hex[:8]}.parquet")
+        finally:
+            attempt.unlink(missing_ok=True)
+        sync(self.folder)
+
+    def read(self, wanted: Mapping[str, int]) -> Iterator[Rollout]:
+        """The rows wanted, each once, by prompt in the order of `wanted` and then by rollout_index.
+
+        Args:
+            wanted: prompt_id -> bit mask of rollout indexes.
+        Raises:
+            DatasetError: a part cannot be read, or a row that is wanted is not there.
+        """
+        parts = self._parts()
+        places = _places(parts, wanted)
+        for prompt_ids in _groups(wanted):
+            rows: dict[tuple[str, int], Rollout] = {}
+            for number in sorted({number for prompt_id in prompt_ids for number in places.get(prompt_id, {})}):
+                left = {prompt_id: places.get(prompt_id, {}).get(number, 0) for prompt_id in prompt_ids}
+                rows |= {(row.prompt_id, row.rollout_index): row for row in _take(parts[number], left)}
+            for prompt_id in prompt_ids:
+                yield from (rows[prompt_id, index] for index in _indexes(wanted[prompt_id]))
+
+    def _parts(self) -> list[Path]:
+        return sorted(self.folder.glob("part-*.parquet"))
+
+
+class LedgerWriter:
+    """Collects finished rows and appends them to a ledger every so often, and at the end, whatever ended it.
+
+    Threads may share one writer. A thread of its own flushes rows that wait for others that take long.
+    """
+
+    def __init__(self, ledger: Ledger, *, flush_rows: int = 500, flush_seconds: float = 5.0) -> None:
+        self._ledger = ledger
+        self._flush_rows, self._flush_seconds = flush_rows, flush_seconds
+        self._rows: list[Rollout] = []
+        self._lock = threading.Lock()
+        self._closing = threading.Event()
+        self._timer = threading.Thread(target=self._flush_now_and_then, name="ledger-writer", daemon=True)
+
+    def __enter__(self) -> Self:
+        self._timer.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._closing.set()
+        self._timer.join()
+        self.flush()
+
+    def add(self, row: Rollout) -> None:
+        """Take a finished row; it is on the disk after the next flush."""
+        with self._lock:
+            self._rows.append(row)
+            if len(self._rows) >= self._flush_rows:
+                self._append()
+
+    def flush(self) -> None:
+        """Put on the disk what is not there yet."""
+        with self._lock:
+            self._append()
+
+    def _append(self) -> None:
+        self._ledger.append(self._rows)
+        self._rows = []  # only now: rows that could not be written are tried again
+
+    def _flush_now_and_then(self) -> None:
+        while not self._closing.wait(self._flush_seconds):
+            try:
+                self.flush()
+            except OSError as error:  # the next add or the end meets it again, in the thread that can act on it
+                logger.warning("%d finished rollouts could not be stored yet: %s", len(self._rows), error)
+
+
+def _places(parts: Sequence[Path], wanted: Mapping[str, int]) -> dict[str, dict[int, int]]:
+    """For each prompt: part number -> bit mask of the rollout indexes to take from that part."""
+    places: dict[str, dict[int, int]] = {}
+    left = dict(wanted)
+    for number, part in enumerate(parts):
+        for prompt_id, index in _keys(_read(part, _KEY_COLUMNS)):
+            bit = 1 << index
+            if left.get(prompt_id, 0) & bit:
+                left[prompt_id] ^= bit
+                masks = places.setdefault(prompt_id, {})
+                masks[number] = masks.get(number, 0) | bit
+    if missing := {prompt_id: mask for prompt_id, mask in left.items() if mask}:
+        prompt_id, mask = next(iter(missing.items()))
+        raise DatasetError(
+            f"rollouts of {len(missing)} of {len(wanted)} prompts are not in the ledger, the first being "
+            f"{prompt_id!r} with rollout_index {_indexes(mask)}; sample them first"
+        )
+    return places
+
+
+def _groups(wanted: Mapping[str, int]) -> Iterator[list[str]]:
+    """Prompts in order, cut so that the rows wanted of one group fit into memory."""
+    group: list[str] = []
+    rows = 0
+    for prompt_id, mask in wanted.items():
+        group.append(prompt_id)
+        rows += mask.bit_count()
+        if rows >= READ_ROWS:
+            yield group
+            group, rows = [], 0
+    if group:
+        yield group
+
+
+def _take(part: Path, left: dict[str, int]) -> Iterator[Rollout]:
+    """Rows of a part whose bit is set in `left`, which is cleared: the first row of a key wins."""
+    table = _read(part, None)
+    rows = []
+    for number, (prompt_id, index) in enumerate(_keys(table)):
+        bit = 1 << index
+        if left.get(prompt_id, 0) & bit:
+            left[prompt_id] ^= bit
+            rows.append(number)
+    for batch in table.take(rows).to_batches():
+        yield from rows_of(batch, Rollout)
+
+
+def _read(part: Path, columns: list[str] | None) -> pa.Table:
+    name = f"ledger/{part.parent.name}/{part.name}"
+    try:
+        table = pq.read_table(part, columns=columns, partitioning=None)
+    except (pa.ArrowException, OSError) as error:
+        raise DatasetError(f"{name} cannot be read: {error}; {_REDRAW}") from error
+    expected = columns or arrow_schema(Rollout).names
+    if sorted(table.column_names) != sorted(expected):
+        raise DatasetError(f"{name} has columns {table.column_names}, expected {expected}; {_REDRAW}")
+    return table
+
+
+def _keys(table: pa.Table) -> Iterator[tuple[str, int]]:
+    return zip(table["prompt_id"].to_pylist(), table["rollout_index"].to_pylist(), strict=True)
+
+
+def _indexes(mask: int) -> list[int]:
+    return [index for index in range(mask.bit_length()) if mask >> index & 1]

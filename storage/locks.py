@@ -1,0 +1,85 @@
+"""Locks that die with their holder: the kernel frees them, whatever killed the process."""
+
+import fcntl
+import json
+import logging
+import os
+import platform
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from typing import IO
+
+from storage.home import home
+from storage.names import safe_name
+
+logger = logging.getLogger(__name__)
+
+_POLL_SECONDS = 0.1
+
+
+class LockedError(RuntimeError):
+    """Someone else holds the lock."""
+
+
+@contextmanager
+def exclusive(name: str, *, wait_seconds: float | None) -> Iterator[None]:
+    """Hold the lock of this name; processes, and threads of one process, exclude each other.
+
+    A process forked while the lock is held shares it; children started through `subprocess` do not.
+
+    Args:
+        wait_seconds: how long to wait for another holder; 0: not at all, None: for ever.
+    Raises:
+        LockedError: it is still held after that time; the message names the holder.
+    """
+    path = home() / "locks" / f"{safe_name(name)}.lock"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a+", encoding="utf-8") as file:
+        _acquire(file, name, wait_seconds)
+        try:
+            _write_holder(file)
+            yield
+        finally:
+            file.truncate(0)
+            fcntl.flock(file, fcntl.LOCK_UN)
+
+
+def _acquire(file: IO[str], name: str, wait_seconds: float | None) -> None:
+    started = time.monotonic()
+    waiting = False
+    while True:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            waited = time.monotonic() - started
+            if wait_seconds is not None and waited >= wait_seconds:
+                raise LockedError(
+                    f"{name!r} is locked by {_holder(file)} and was not free within {wait_seconds:g} s; "
+                    "wait for it to end, or end it, and run the same command again"
+                ) from error
+            if not waiting:
+                logger.info("waiting for %r, locked by %s", name, _holder(file))
+            waiting = True
+            time.sleep(_POLL_SECONDS)
+        else:
+            return
+
+
+def _write_holder(file: IO[str]) -> None:
+    since = datetime.now(UTC).isoformat(timespec="seconds")
+    holder = {"pid": os.getpid(), "host": platform.node(), "command": " ".join(sys.argv)[:200], "since": since}
+    file.truncate(0)
+    file.write(json.dumps(holder))
+    file.flush()
+
+
+def _holder(file: IO[str]) -> str:
+    file.seek(0)
+    try:
+        holder = json.loads(file.read())
+    except ValueError:  # it has not written its name yet
+        return "another process"
+    return f"process {holder['pid']} on {holder['host']} ({holder['command']!r}) since {holder['since']}"

@@ -1,0 +1,84 @@
+"""The Parquet schema of each row type, and rows to and from Arrow batches."""
+
+import dataclasses
+import inspect
+import types
+import typing
+from collections.abc import Iterator, Sequence
+from typing import TypeVar
+
+import pyarrow as pa
+
+from storage import rows as row_module
+from storage.rows import Row
+
+R = TypeVar("R", bound=Row)
+
+_SCALARS: dict[object, pa.DataType] = {str: pa.string(), int: pa.int64(), float: pa.float64(), bool: pa.bool_()}
+
+
+def arrow_schema(row_type: type[Row]) -> pa.Schema:
+    """The Parquet schema of a row type; `X | None` is the only way to a nullable column.
+
+    Raises:
+        TypeError: an annotation is none of str, int, float, bool, list[...] of these, and `X | None`.
+    """
+    hints = typing.get_type_hints(row_type)
+    return pa.schema([_field(row_type, field.name, hints[field.name]) for field in dataclasses.fields(row_type)])
+
+
+def row_types() -> dict[str, type[Row]]:
+    """Each row type by its name, as manifests write it."""
+    found = [kind for _, kind in inspect.getmembers(row_module, inspect.isclass) if issubclass(kind, Row)]
+    return {kind.__name__: kind for kind in found if kind is not Row}
+
+
+def batch_of(rows: Sequence[Row], row_type: type[Row]) -> pa.RecordBatch:
+    """Rows as one Arrow batch.
+
+    Raises:
+        ValueError: a row is of another type, or a value does not fit its column.
+    """
+    if strangers := {type(row).__name__ for row in rows if type(row) is not row_type}:
+        raise ValueError(f"expected {row_type.__name__} rows, found {', '.join(sorted(strangers))}")
+    schema = arrow_schema(row_type)
+    return pa.RecordBatch.from_arrays([_column(rows, field) for field in schema], schema=schema)
+
+
+def rows_of(batch: pa.RecordBatch, row_type: type[R]) -> Iterator[R]:
+    """The rows of an Arrow batch, in order."""
+    names = batch.schema.names
+    for values in zip(*(column.to_pylist() for column in batch.columns), strict=True):
+        yield row_type(**dict(zip(names, values, strict=True)))
+
+
+def _field(row_type: type[Row], name: str, annotation: object) -> pa.Field:
+    options = typing.get_args(annotation)
+    is_union = typing.get_origin(annotation) in (typing.Union, types.UnionType)
+    nullable = is_union and len(options) == 2 and type(None) in options
+    inner = next(option for option in options if option is not type(None)) if nullable else annotation
+    if typing.get_origin(inner) is list and typing.get_args(inner)[0] in _SCALARS:
+        element = pa.field("item", _SCALARS[typing.get_args(inner)[0]], nullable=False)
+        return pa.field(name, pa.list_(element), nullable=nullable)
+    if inner not in _SCALARS:
+        raise TypeError(
+            f"{row_type.__name__}.{name} is annotated {annotation!r}; a column can be str, int, float, bool, "
+            "a list[...] of one of these, or one of all these `| None`"
+        )
+    return pa.field(name, _SCALARS[inner], nullable=nullable)
+
+
+def _column(rows: Sequence[Row], field: pa.Field) -> pa.Array:
+    values = [getattr(row, field.name) for row in rows]
+    try:
+        array = pa.array(values, type=field.type)
+    except (pa.ArrowException, UnicodeError, TypeError, OverflowError) as error:
+        raise ValueError(f"a value does not fit column {field.name!r} ({field.type}): {error}") from error
+    has_hole = array.null_count and not field.nullable
+    if has_hole or (pa.types.is_list(field.type) and array.flatten().null_count):
+        raise ValueError(f"column {field.name!r} must not hold None; {rows[_first_hole(values)]!r} does")
+    return array
+
+
+def _first_hole(values: Sequence[object]) -> int:
+    return next(i for i, value in enumerate(values) if value is None or (isinstance(value, list) and None in value))

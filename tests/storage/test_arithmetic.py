@@ -1,0 +1,96 @@
+import random
+import re
+from collections import Counter
+
+import pytest
+
+from storage.arithmetic import MARKER, Arithmetic, Earlier, Step, make_problems, split_of, write_completion
+
+# 12 + 7 = 19, then 19 * 2 = 38
+TWO_STEPS = (Step(12, "+", 7), Step(Earlier(0), "*", 2))
+
+
+def test_equal_settings_make_equal_problems_and_a_larger_number_continues_a_smaller_one() -> None:
+    few = list(make_problems(Arithmetic(problems=20, quality="mixed")))
+    many = list(make_problems(Arithmetic(problems=50, quality="mixed")))
+    assert few == many[:20]
+    assert few != list(make_problems(Arithmetic(problems=20, seed=1, quality="mixed")))
+
+
+def test_quality_changes_completions_and_never_prompts_or_answers() -> None:
+    right = list(make_problems(Arithmetic(problems=200)))
+    mixed = list(make_problems(Arithmetic(problems=200, quality="mixed")))
+    assert [(p.prompt, p.answer) for p in right] == [(p.prompt, p.answer) for p in mixed]
+    assert [p.completion for p in right] != [p.completion for p in mixed]
+
+
+@pytest.mark.parametrize("kind", ["word_problems", "sums"])
+def test_every_line_of_a_right_completion_is_true_and_ends_in_the_answer(kind: str) -> None:
+    for problem in make_problems(Arithmetic(kind=kind, problems=500)):  # type: ignore[arg-type] # parametrized
+        *lines, last = problem.completion.splitlines()
+        assert last == f"{MARKER} {problem.answer}"
+        for line in lines:
+            left, right = line.split(" = ")
+            assert re.fullmatch(r"\d+ [-+*] \d+", left)
+            assert eval(left) == int(right)
+        assert lines[-1].endswith(f" = {problem.answer}")
+
+
+def test_values_stay_between_0_and_60_and_numbers_in_the_text_up_to_10() -> None:
+    for problem in make_problems(Arithmetic(problems=500)):
+        assert all(0 <= int(number) <= 60 for number in re.findall(r"-?\d+", problem.completion))
+        assert all(int(number) <= 10 for number in re.findall(r"\d+", problem.prompt))
+
+
+@pytest.mark.parametrize("kind", ["word_problems", "sums"])
+def test_prompts_are_distinct_and_splits_share_none(kind: str) -> None:
+    prompts = {
+        split: [p.prompt for p in make_problems(Arithmetic(kind=kind, problems=1_000, split=split))]  # type: ignore[arg-type] # parametrized
+        for split in ("train", "test")
+    }
+    assert len({*prompts["train"]}) == len({*prompts["test"]}) == 1_000
+    assert not {*prompts["train"]} & {*prompts["test"]}
+
+
+def test_the_split_depends_on_template_and_numbers_only_and_a_fifth_is_test() -> None:
+    splits = Counter(split_of("sum", (left, right)) for left in range(100) for right in range(100))
+    assert splits["test"] / 10_000 == pytest.approx(0.2, abs=0.02)
+
+
+def test_a_mistake_is_carried_through_to_a_wrong_answer() -> None:
+    rng = random.Random(0)
+    completions = {write_completion(TWO_STEPS, "mistake", rng) for _ in range(100)}
+    assert "12 - 7 = 5\n5 * 2 = 10\nFINAL ANSWER: 10" in completions  # wrong operation
+    assert "12 + 7 = 19\nFINAL ANSWER: 19" in completions  # last step dropped
+    assert "12 * 2 = 24\nFINAL ANSWER: 24" in completions  # first step dropped
+    assert not any(completion.endswith(" 38") for completion in completions)
+
+
+@pytest.mark.parametrize(
+    ("quality", "expected"),
+    [
+        ("right", "12 + 7 = 19\n19 * 2 = 38\nFINAL ANSWER: 38"),
+        ("bare_answer", "FINAL ANSWER: 38"),
+        ("no_marker", "12 + 7 = 19\n19 * 2 = 38\nSo it is 38."),
+    ],
+)
+def test_the_ways_a_completion_is_written(quality: str, expected: str) -> None:
+    assert write_completion(TWO_STEPS, quality, random.Random(0)) == expected
+
+
+def test_a_mixed_corpus_holds_the_shares_it_should() -> None:
+    problems = list(make_problems(Arithmetic(problems=3_000, quality="mixed")))
+    marked = sum(MARKER in problem.completion for problem in problems) / 3_000
+    wrong = sum(problem.completion.split()[-1].rstrip(".") != problem.answer for problem in problems) / 3_000
+    assert marked == pytest.approx(0.70, abs=0.03)
+    assert wrong == pytest.approx(0.27, abs=0.03)
+
+
+def test_fewer_steps_are_an_easier_problem() -> None:
+    for problem in make_problems(Arithmetic(problems=100, max_steps=1)):
+        assert len(problem.completion.splitlines()) == 2
+
+
+def test_more_problems_than_there_are_is_an_error_that_says_how_many_there_are() -> None:
+    with pytest.raises(ValueError, match=r"9,000 test problems .* only [12],\d{3} distinct ones"):
+        list(make_problems(Arithmetic(kind="sums", problems=9_000, split="test")))

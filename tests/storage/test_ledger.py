@@ -1,0 +1,153 @@
+"""The ledger: what was sampled is kept, once, whatever ends the process."""
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from storage import ledger as ledger_module
+from storage.datasets import DatasetError
+from storage.durable import attempt_name
+from storage.ledger import Ledger, LedgerWriter
+from tests.storage.builders import rollout
+
+ROOT = Path(__file__).parents[2]
+KEY = {"policy": "fake", "sampling": {"temperature": 0.7, "seed": 3}}
+
+
+def parts(ledger: Ledger) -> list[Path]:
+    return sorted(ledger.folder.glob("part-*.parquet"))
+
+
+def until(condition: Callable[[], object]) -> None:
+    deadline = time.monotonic() + 5
+    while not condition() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert condition()
+
+
+def test_the_key_is_spelled_out_and_its_order_does_not_matter() -> None:
+    ledger = Ledger(KEY)
+    assert json.loads((ledger.folder / "key.json").read_text()) == KEY
+    assert Ledger(dict(reversed(KEY.items()))).folder == ledger.folder
+    assert Ledger({**KEY, "policy": "other"}).folder != ledger.folder
+
+
+def test_present_tells_which_rollouts_are_there_over_all_parts() -> None:
+    ledger = Ledger(KEY)
+    assert ledger.present() == {}
+    ledger.append([rollout("a", 0), rollout("a", 2), rollout("b", 70)])
+    ledger.append([rollout("a", 1), rollout("c", 0)])
+    assert Ledger(KEY).present() == {"a": 0b111, "b": 1 << 70, "c": 1}
+    assert ledger.present({"b", "unknown"}) == {"b": 1 << 70}
+
+
+def test_appending_nothing_writes_nothing() -> None:
+    Ledger(KEY).append([])
+    assert parts(Ledger(KEY)) == []
+
+
+def test_rows_are_read_in_the_order_of_the_prompts_wanted_and_each_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    ledger = Ledger(KEY)
+    ledger.append([rollout("a", 1, "first"), rollout("b", 0), rollout("a", 1, "same part")])
+    ledger.append([rollout("a", 1, "later part"), rollout("a", 0), rollout("b", 1), rollout("c", 5)])
+    wanted = {"c": 1 << 5, "b": 0b11, "unused": 0, "a": 0b11}
+    rows = list(ledger.read(wanted))
+    assert [(row.prompt_id, row.rollout_index) for row in rows] == [("c", 5), ("b", 0), ("b", 1), ("a", 0), ("a", 1)]
+    assert rows[-1].completion == "first"
+    monkeypatch.setattr(ledger_module, "READ_ROWS", 1)  # a group for each prompt
+    assert list(ledger.read(wanted)) == rows
+
+
+def test_a_wanted_row_that_is_not_there_is_an_error_before_the_first_row() -> None:
+    ledger = Ledger(KEY)
+    ledger.append([rollout("a", 0)])
+    with pytest.raises(DatasetError, match=r"1 of 2 prompts .* 'b' with rollout_index \[1, 3\]"):
+        next(ledger.read({"a": 1, "b": 0b1010}))
+
+
+def test_a_truncated_part_is_named_with_what_to_do() -> None:
+    ledger = Ledger(KEY)
+    ledger.append([rollout("a", 0)])
+    ledger.append([rollout("b", 0)])
+    part = parts(ledger)[0]
+    part.write_bytes(part.read_bytes()[:-20])
+    with pytest.raises(
+        DatasetError, match=rf"{part.name} cannot be read.*remove that file, and its rows are drawn again"
+    ):
+        ledger.present()
+    part.unlink()
+    assert ledger.present() == {"b": 1}
+
+
+def test_unfinished_files_are_no_parts_and_those_of_the_dead_go_on_opening() -> None:
+    ledger = Ledger(KEY)
+    mine, dead = attempt_name(), attempt_name().split("-")
+    dead[2] = "4194305"
+    for name in (mine, "-".join(dead)):
+        (ledger.folder / name).write_bytes(b"PAR1")
+    assert Ledger(KEY).present() == {}
+    assert {path.name for path in ledger.folder.iterdir()} == {"key.json", mine}
+
+
+def test_the_writer_flushes_by_rows_and_at_the_end() -> None:
+    ledger = Ledger(KEY)
+    with LedgerWriter(ledger, flush_rows=2, flush_seconds=60) as writer:
+        writer.add(rollout("a", 0))
+        assert parts(ledger) == []
+        writer.add(rollout("a", 1))
+        assert len(parts(ledger)) == 1
+        writer.add(rollout("a", 2))
+    assert ledger.present() == {"a": 0b111}
+
+
+def test_the_writer_flushes_finished_rows_when_an_exception_ends_it() -> None:
+    with pytest.raises(KeyboardInterrupt), LedgerWriter(Ledger(KEY), flush_seconds=60) as writer:
+        writer.add(rollout("a", 0))
+        raise KeyboardInterrupt
+    assert Ledger(KEY).present() == {"a": 1}
+
+
+def test_the_writer_flushes_by_time_while_no_row_comes() -> None:
+    ledger = Ledger(KEY)
+    with LedgerWriter(ledger, flush_seconds=0.02) as writer:
+        writer.add(rollout("a", 0))
+        until(lambda: ledger.present() == {"a": 1})
+        writer.add(rollout("a", 1))
+        until(lambda: ledger.present() == {"a": 0b11})
+
+
+def test_rows_that_could_not_be_stored_are_kept_for_the_next_flush(monkeypatch: pytest.MonkeyPatch) -> None:
+    ledger = Ledger(KEY)
+    with LedgerWriter(ledger, flush_rows=1, flush_seconds=60) as writer:
+        with monkeypatch.context() as broken:
+            broken.setattr(ledger_module, "sync", lambda path: (_ for _ in ()).throw(OSError("disk full")))
+            with pytest.raises(OSError, match="disk full"):
+                writer.add(rollout("a", 0))
+        assert [path.name for path in ledger.folder.iterdir()] == ["key.json"]
+    assert ledger.present() == {"a": 1}
+
+
+def test_a_process_killed_while_sampling_loses_only_rows_in_flight() -> None:
+    script = """
+import sys
+from storage.ledger import Ledger, LedgerWriter
+from tests.storage.builders import rollout
+with LedgerWriter(Ledger({"policy": "killed"}), flush_rows=3) as writer:
+    for index in range(7):
+        writer.add(rollout("a", index))
+    print("ready", flush=True)
+    sys.stdin.read()
+"""
+    child = subprocess.Popen([sys.executable, "-c", script], stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd=ROOT)
+    assert child.stdin and child.stdout
+    with child.stdin, child.stdout:
+        assert child.stdout.readline() == b"ready\n"
+        child.send_signal(signal.SIGKILL)
+        child.wait()
+    assert Ledger({"policy": "killed"}).present() == {"a": 0b111111}
