@@ -10,6 +10,8 @@ import logging
 import os
 import random
 import threading
+import time
+from collections import Counter
 from collections.abc import Coroutine, Iterable, Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
@@ -30,7 +32,6 @@ logger = logging.getLogger("ratchet.openai")
 
 FIRST_PAUSE_SECONDS = 0.5  # doubles with each try
 LONGEST_PAUSE_SECONDS = 60.0
-FAILURES_OF_A_DEAD_ENDPOINT = 3  # in a row
 FINISHED = {"stop": "stop", "eos": "stop", "length": "length", "content_filter": "length"}  # cut short by either
 
 
@@ -39,7 +40,7 @@ class _Retry(Exception):
 
     Args:
         wait_seconds: what the server asked for, if it did.
-        counts: whether it tells against the endpoint.
+        counts: whether it tells against the endpoint; being asked to slow down does not.
     """
 
     def __init__(self, reason: str, *, wait_seconds: float | None = None, counts: bool = True) -> None:
@@ -52,12 +53,10 @@ class _Retry(Exception):
 class _Endpoint:
     url: str
     in_flight: int = 0
-    failures: int = 0  # in a row
+    failing: bool = False  # its latest reply was a failure
+    succeeded_at: float = 0.0  # time.monotonic()
     last_failure: str = ""
-
-    @property
-    def dead(self) -> bool:
-        return self.failures >= FAILURES_OF_A_DEAD_ENDPOINT
+    dead: bool = False
 
 
 class OpenAIEngine:
@@ -82,8 +81,7 @@ class OpenAIEngine:
                 "what it was started with; start the server with them and remove them from the preset"
             )
         self._model = model
-        for endpoint in self._endpoints:
-            endpoint.failures = 0
+        self._revive()
 
     def sample(self, requests: Iterable[Request], sampling: Sampling) -> Iterator[Completion]:
         """Yield each completion as it arrives. A request that fails is raised once the others are through."""
@@ -141,9 +139,15 @@ class OpenAIEngine:
         if self._model is None:
             raise EngineConfigurationError("the OpenAI engine has no model to ask for yet; call use(model) first")
         with self._lock:
+            if all(endpoint.dead for endpoint in self._endpoints):
+                self._revive()
             if self._pool is None:
                 self._pool = _Pool(self._settings, self._endpoints)
             return self._pool
+
+    def _revive(self) -> None:
+        for endpoint in self._endpoints:
+            endpoint.failing, endpoint.dead = False, False
 
     async def _drawn(self, pool: "_Pool", request: Request, sampling: Sampling) -> Completion:
         fields = _decoding(sampling) | ({"logprobs": True} if self._settings.logprobs else {})
@@ -153,8 +157,8 @@ class OpenAIEngine:
         usage = answer.get("usage") or {}
         if "completion_tokens" not in usage and not logprobs:
             raise EngineConfigurationError(
-                f"the endpoint reports neither usage nor logprobs for {request.key!r}, so its tokens cannot be counted; "
-                "use a server that reports usage"
+                f"the endpoint reports neither usage nor logprobs for {request.key!r}, so its tokens cannot be "
+                "counted; use a server that reports usage"
             )
         return Completion(
             key=request.key,
@@ -185,7 +189,7 @@ class OpenAIEngine:
 
 
 class _Pool:
-    """An event loop in a thread of its own, and the connections to the endpoints; endpoints change in that loop only."""
+    """An event loop in a thread of its own, and the connections to the endpoints."""
 
     def __init__(self, settings: OpenAI, endpoints: Sequence[_Endpoint]) -> None:
         self._settings = settings
@@ -219,24 +223,26 @@ class _Pool:
             EngineError: every try failed, or no endpoint is left.
             EngineConfigurationError: the server refuses the request.
         """
-        for attempt in itertools.count():
+        began: dict[str, float] = {}  # by endpoint: when this request was first put to it
+        tries: Counter[str] = Counter()
+        while True:
             endpoint = await self._least_loaded()
+            began.setdefault(endpoint.url, time.monotonic())
+            tries[endpoint.url] += 1
             try:
                 answer = await self._try(endpoint.url + path, body)
-                endpoint.failures = 0
-                return answer
             except _Retry as failed:
-                self._note(endpoint, failed)
-                reason = failed
+                endpoint.failing, endpoint.last_failure = True, str(failed)
+                if tries[endpoint.url] > self._settings.max_retries:
+                    self._give_up(endpoint, failed, since=began[endpoint.url])
+                    continue
+                pause = _pause(tries[endpoint.url], failed.wait_seconds)
+            else:
+                endpoint.failing, endpoint.succeeded_at = False, time.monotonic()
+                return answer
             finally:
                 await self._give_back(endpoint)
-            if attempt >= self._settings.max_retries and not endpoint.dead:  # a dead endpoint's requests move on
-                raise EngineError(
-                    f"{endpoint.url}{path} failed {attempt + 1} times in a row for one request, at last with: {reason}; "
-                    "see the server's log, or raise engine.max_retries or engine.timeout_seconds"
-                ) from reason
-            await asyncio.sleep(_pause(attempt, reason.wait_seconds))
-        raise AssertionError("the loop above has no end")
+            await asyncio.sleep(pause)
 
     async def _try(self, url: str, body: Body) -> tuple[Body, Body]:
         try:
@@ -265,7 +271,7 @@ class _Pool:
                     raise EngineError(f"no endpoint is left, each failed several times in a row: {failures}")
                 free = [endpoint for endpoint in alive if endpoint.in_flight < self._settings.concurrency]
                 if free:
-                    chosen = min(free, key=lambda endpoint: (endpoint.failures > 0, endpoint.in_flight))
+                    chosen = min(free, key=lambda endpoint: (endpoint.failing, endpoint.in_flight))
                     chosen.in_flight += 1
                     return chosen
                 await self._free.wait()
@@ -273,14 +279,22 @@ class _Pool:
     async def _give_back(self, endpoint: _Endpoint) -> None:
         async with self._free:
             endpoint.in_flight -= 1
-            self._free.notify_all() if endpoint.dead else self._free.notify()
+            self._free.notify_all()
 
-    def _note(self, endpoint: _Endpoint, failed: _Retry) -> None:
-        endpoint.last_failure = str(failed)
-        if failed.counts:
-            endpoint.failures += 1
-            if endpoint.failures == FAILURES_OF_A_DEAD_ENDPOINT:
-                logger.warning("dropped endpoint %s after %d failures: %s", endpoint.url, endpoint.failures, failed)
+    def _give_up(self, endpoint: _Endpoint, failed: _Retry, *, since: float) -> None:
+        """Drop the endpoint if nothing has worked there since this request was first put to it.
+
+        Raises:
+            EngineError: other requests did work there, so it is this one that fails.
+        """
+        if not failed.counts or endpoint.succeeded_at > since:
+            raise EngineError(
+                f"{endpoint.url} failed {self._settings.max_retries + 1} times for one request, at last with: "
+                f"{failed}; see the server's log, or raise engine.max_retries or engine.timeout_seconds"
+            ) from failed
+        if not endpoint.dead:
+            endpoint.dead = True
+            logger.warning("dropped endpoint %s, where nothing works any more: %s", endpoint.url, failed)
 
     async def _end(self) -> None:
         others = asyncio.all_tasks() - {asyncio.current_task()}
@@ -316,11 +330,10 @@ def _read(reply: httpx.Response) -> tuple[Body, Body]:
     return choice, answer
 
 
-def _pause(attempt: int, asked: float | None) -> float:
+def _pause(tries: int, asked: float | None) -> float:
     """Seconds until the next try: what the server asked for, or twice as long each time, a little spread out."""
-    if asked is not None:
-        return min(asked, LONGEST_PAUSE_SECONDS)
-    return min(FIRST_PAUSE_SECONDS * 2**attempt, LONGEST_PAUSE_SECONDS) * random.uniform(0.8, 1.2)
+    pause: float = FIRST_PAUSE_SECONDS * 2.0 ** (tries - 1) * random.uniform(0.8, 1.2) if asked is None else asked
+    return min(pause, LONGEST_PAUSE_SECONDS)
 
 
 def _seconds(retry_after: str | None) -> float | None:
@@ -332,7 +345,7 @@ def _seconds(retry_after: str | None) -> float | None:
     except ValueError:
         pass
     try:
-        moment = parsedate_to_datetime(retry_after)
+        moment: datetime = parsedate_to_datetime(retry_after)
     except ValueError:
         return None
     return max(0.0, (moment - datetime.now(UTC)).total_seconds()) if moment.tzinfo else None

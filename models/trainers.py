@@ -326,7 +326,14 @@ def _starting_model(job: _PolicyJob, settings: Optimization) -> Any:
 
     if _continues_adapter(job, settings):
         return PeftModel.from_pretrained(_load_weights(job, settings.precision), job.adapter, is_trainable=True)
-    return PeftModel.from_pretrained(_load_weights(job, "float32"), job.adapter).merge_and_unload()
+    return _merged(_load_weights(job, "float32"), job.adapter)
+
+
+def _merged(base: Any, adapter: Path) -> Any:
+    """A model with an adapter merged in; peft leaves it frozen, and it may have to be trained."""
+    from peft import PeftModel
+
+    return PeftModel.from_pretrained(base, adapter).merge_and_unload().requires_grad_(True)
 
 
 def _continues_adapter(job: _PolicyJob, settings: Optimization) -> bool:
@@ -427,20 +434,18 @@ def _save(trainer: Any, job: _PolicyJob, settings: Optimization) -> None:
 
 
 def _merge(job: _PolicyJob, adapter: Path) -> None:
-    from peft import PeftModel
-
     base = _load_weights(job, "float32")
     if job.adapter is not None:
-        base = PeftModel.from_pretrained(base, job.adapter).merge_and_unload()
-    PeftModel.from_pretrained(base, adapter).merge_and_unload().save_pretrained(job.output)
+        base = _merged(base, job.adapter)
+    _merged(base, adapter).save_pretrained(job.output)
 
 
 def _make_adapter_reproducible(folder: Path, weights: str) -> None:
-    """peft writes sets in the order of their hashes, and the path of the base."""
+    """peft writes sets in the order of their hashes, and the path of the base, which is another on each machine."""
     file = folder / "adapter_config.json"
     config = json.loads(file.read_text())
     config["target_modules"] = sorted(config["target_modules"])
-    config["base_model_name_or_path"] = Path(weights).name if Path(weights).is_dir() else weights
+    config["base_model_name_or_path"] = None if Path(weights).is_dir() else weights
     file.write_text(json.dumps(config, indent=2, sort_keys=True))
 
 

@@ -337,7 +337,7 @@ def _shape(folder: Path) -> tuple[object, ...]:
 
 
 def _dtype(settings: VLLM, folder: Path) -> str:
-    """The number type to run in; vLLM's own "auto" would run float32 weights in 16 bits, which on a CPU gains nothing."""
+    """The number type to run in; vLLM's "auto" would run float32 weights in 16 bits, which gains little on a CPU."""
     config = _json(folder / "config.json")
     stored = config.get("dtype") or config.get("torch_dtype")
     return "float32" if settings.dtype == "auto" and _built_for_cpu() and stored == "float32" else settings.dtype

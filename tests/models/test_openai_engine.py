@@ -1,0 +1,294 @@
+"""The OpenAI engine against a small server on loopback that fails on purpose."""
+
+import json
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
+
+import pytest
+
+from models import openai_engine
+from models.engine import Completion, EngineConfigurationError, EngineError, Request, open_engine
+from models.specs import ModelRef, OpenAI, Sampling
+
+Reply = tuple[int, dict[str, str], bytes]  # status, headers, body
+SAMPLING = Sampling(temperature=0.5, top_k=-1, max_completion_tokens=20, stop=("###",))
+USAGE = {"prompt_tokens": 5, "completion_tokens": 2}
+
+
+@pytest.fixture(autouse=True)
+def short_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(openai_engine, "FIRST_PAUSE_SECONDS", 0.005)
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+
+
+class Server(ThreadingHTTPServer):
+    """Answers the nth request with `answer(n, body)`, and keeps what it was asked."""
+
+    daemon_threads = True
+    request_queue_size = 64
+
+    def __init__(self, answer: Callable[[int, dict[str, Any]], Reply]) -> None:
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.answer = answer
+        self.bodies: list[dict[str, Any]] = []
+        self.headers: list[dict[str, str]] = []
+        self.busy = self.busiest = 0
+        self.lock = threading.Lock()
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.server_address[1]}/v1"
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """A client that left is no news."""
+
+
+class Handler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+    server: Server
+
+    def do_POST(self) -> None:
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        with self.server.lock:
+            number = len(self.server.bodies)
+            self.server.bodies.append({"path": self.path, **body})
+            self.server.headers.append(dict(self.headers))
+            self.server.busy += 1
+            self.server.busiest = max(self.server.busy, self.server.busiest)
+        status, headers, content = self.server.answer(number, body)
+        with self.server.lock:
+            self.server.busy -= 1
+        self.send_response(status)
+        for name, value in {"Content-Length": str(len(content)), **headers}.items():
+            self.send_header(name, value)
+        self.end_headers()
+        self.wfile.write(content)
+        self.close_connection = True
+
+    def log_message(self, format: str, *values: object) -> None:
+        """Nothing."""
+
+
+@contextmanager
+def serving(answer: Callable[[int, dict[str, Any]], Reply]) -> Iterator[Server]:
+    server = Server(answer)
+    threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
+    try:
+        yield server
+    finally:
+        server.shutdown()
+        server.server_close()
+
+
+def ok(text: str = "FINE", **more: Any) -> Reply:
+    choice = {"message": {"content": text}, "finish_reason": "stop", **more}
+    return 200, {}, json.dumps({"choices": [choice], "usage": USAGE}).encode()
+
+
+def failing(status: int, message: str = "busy", **headers: str) -> Reply:
+    return status, {name.replace("_", "-"): value for name, value in headers.items()}, message.encode()
+
+
+def sample(*urls: str, count: int = 1, sampling: Sampling = SAMPLING, **settings: Any) -> list[Completion]:
+    requests = [
+        Request(key=str(number), messages=({"role": "user", "content": f"Question {number}"},), seed=number)
+        for number in range(count)
+    ]
+    with open_engine(OpenAI(endpoints=urls, **settings), ModelRef(name="judge")) as engine:
+        return list(engine.sample(requests, sampling))
+
+
+def test_request_says_what_was_asked_and_reply_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("JUDGE_KEY", "secret")
+    logprobs = {"content": [{"token": "FI", "logprob": -0.5}, {"token": "NE", "logprob": -0.25}]}
+    with serving(lambda number, body: ok(logprobs=logprobs)) as server:
+        (completion,) = sample(server.url, api_key_variable="JUDGE_KEY")
+    assert completion == Completion(
+        key="0", text="FINE", prompt_tokens=5, completion_tokens=2, finish_reason="stop", cumulative_logprob=-0.75
+    )
+    assert server.headers[0]["Authorization"] == "Bearer secret"
+    assert server.bodies[0] == {
+        "path": "/v1/chat/completions",
+        "model": "judge",
+        "messages": [{"role": "user", "content": "Question 0"}],
+        "seed": 0,
+        "n": 1,
+        "temperature": 0.5,
+        "top_p": 1.0,
+        "max_tokens": 20,
+        "stop": ["###"],
+        "logprobs": True,
+    }
+
+
+def test_top_k_is_sent_only_when_it_is_set() -> None:
+    with serving(lambda number, body: ok()) as server:
+        (completion,) = sample(server.url, sampling=Sampling(top_k=40), logprobs=False)
+    assert completion.cumulative_logprob is None
+    assert server.bodies[0]["top_k"] == 40 and not {"stop", "logprobs"} & set(server.bodies[0])
+
+
+@pytest.mark.parametrize(
+    "first",
+    [
+        pytest.param(failing(429), id="too many requests"),
+        pytest.param(failing(500), id="server error"),
+        pytest.param((200, {"Content-Length": "999"}, b'{"choices": [{"mess'), id="connection cut"),
+        pytest.param((200, {}, b'{"choices": [{"mess'), id="body cut"),
+        pytest.param((200, {}, b'{"choices": []}'), id="no choice"),
+        pytest.param(ok(finish_reason=None), id="not finished"),
+    ],
+)
+def test_failure_that_may_pass_is_tried_again(first: Reply) -> None:
+    with serving(lambda number, body: first if number == 0 else ok()) as server:
+        assert [completion.text for completion in sample(server.url)] == ["FINE"]
+        assert len(server.bodies) == 2
+
+
+def test_retry_after_is_honoured() -> None:
+    with serving(lambda number, body: failing(429, Retry_After="0.3") if number == 0 else ok()) as server:
+        began = time.monotonic()
+        sample(server.url)
+    assert 0.3 <= time.monotonic() - began < 1.0
+
+
+def test_request_that_hangs_is_given_up_and_tried_again() -> None:
+    def answer(number: int, body: dict[str, Any]) -> Reply:
+        if number == 0:
+            time.sleep(0.4)
+        return ok()
+
+    with serving(answer) as server:
+        assert len(sample(server.url, timeout_seconds=0.1)) == 1
+
+
+def test_endpoint_that_always_fails_is_an_engine_error_with_its_last_words() -> None:
+    with serving(lambda number, body: failing(500, "out of memory")) as server:
+        with pytest.raises(EngineError, match=r"no endpoint is left.*HTTP 500: out of memory"):
+            sample(server.url, max_retries=2)
+        assert len(server.bodies) == 3
+    with (
+        serving(lambda number, body: failing(429, "slow down")) as server,
+        pytest.raises(EngineError, match=r"failed 3 times for one request, at last with: HTTP 429: slow down"),
+    ):
+        sample(server.url, max_retries=2)
+
+
+def test_request_that_always_fails_does_not_take_the_endpoint_with_it() -> None:
+    def answer(number: int, body: dict[str, Any]) -> Reply:
+        return failing(500, "poison") if body["seed"] == 3 else ok()
+
+    requests = [Request(key=str(n), messages=({"role": "user", "content": "x"},), seed=n) for n in range(8)]
+    found: list[Completion] = []
+    with serving(answer) as server:
+        settings = OpenAI(endpoints=(server.url,), concurrency=1, max_retries=2)
+        with (
+            open_engine(settings, ModelRef(name="m")) as engine,
+            pytest.raises(EngineError, match="failed 3 times for one request, at last with: HTTP 500: poison"),
+        ):
+            found.extend(engine.sample(requests, SAMPLING))
+    assert len(found) >= 3
+
+
+def test_burst_of_failures_does_not_drop_the_only_endpoint() -> None:
+    with serving(lambda number, body: failing(503) if number < 20 else ok()) as server:
+        assert len(sample(server.url, count=20)) == 20
+
+
+def test_engine_tries_again_after_an_engine_error() -> None:
+    with serving(lambda number, body: failing(500) if number < 3 else ok()) as server:
+        ref, request = ModelRef(name="judge"), Request(key="0", messages=({"role": "user", "content": "x"},), seed=0)
+        with open_engine(OpenAI(endpoints=(server.url,), max_retries=2), ref) as engine:
+            with pytest.raises(EngineError):
+                list(engine.sample([request], SAMPLING))
+            assert len(list(engine.sample([request], SAMPLING))) == 1
+            assert engine.generated() == 1
+
+
+@pytest.mark.parametrize("status", [400, 401, 404])
+def test_refusal_is_a_configuration_error_with_the_servers_message(status: int) -> None:
+    with serving(lambda number, body: failing(status, "Unrecognized argument: top_k")) as server:
+        with pytest.raises(EngineConfigurationError, match=f"'judge' with HTTP {status}: Unrecognized argument: top_k"):
+            sample(server.url)
+        assert len(server.bodies) == 1
+
+
+def test_requests_of_a_dead_endpoint_move_on() -> None:
+    with serving(lambda number, body: ok()) as server:
+        completions = sample("http://127.0.0.1:9", server.url, count=30, concurrency=4)
+        assert {completion.key for completion in completions} == {str(number) for number in range(30)}
+        assert len(server.bodies) == 30
+
+
+def test_load_is_shared_and_concurrency_is_kept() -> None:
+    def answer(number: int, body: dict[str, Any]) -> Reply:
+        time.sleep(0.01)
+        return ok(body["messages"][0]["content"])
+
+    with serving(answer) as one, serving(answer) as two:
+        completions = sample(one.url, two.url, count=40, concurrency=5)
+    assert {completion.key: completion.text for completion in completions} == {
+        str(number): f"Question {number}" for number in range(40)
+    }
+    assert abs(len(one.bodies) - len(two.bodies)) <= 10
+    assert 2 <= one.busiest <= 5 and 2 <= two.busiest <= 5
+
+
+def test_one_refused_request_does_not_lose_the_others() -> None:
+    def answer(number: int, body: dict[str, Any]) -> Reply:
+        return failing(400, "too long") if body["seed"] == 3 else ok()
+
+    requests = [Request(key=str(n), messages=({"role": "user", "content": "x"},), seed=n) for n in range(8)]
+    found: list[Completion] = []
+    with (
+        serving(answer) as server,
+        open_engine(OpenAI(endpoints=(server.url,)), ModelRef(name="m")) as engine,
+        pytest.raises(EngineConfigurationError, match="too long"),
+    ):
+        found.extend(engine.sample(requests, SAMPLING))
+    assert {completion.key for completion in found} == set("0124567")
+
+
+def test_missing_usage_is_counted_from_logprobs_or_refused() -> None:
+    def answer(logprobs: Any) -> Reply:
+        choice = {"message": {"content": "x"}, "finish_reason": "length", "logprobs": logprobs}
+        return 200, {}, json.dumps({"choices": [choice]}).encode()
+
+    with serving(lambda number, body: answer({"content": [{"logprob": -1.0}] * 3})) as server:
+        assert sample(server.url)[0].completion_tokens == 3
+    with (
+        serving(lambda number, body: answer(None)) as server,
+        pytest.raises(EngineConfigurationError, match="neither usage nor logprobs"),
+    ):
+        sample(server.url)
+
+
+def test_score_reads_the_prompt_logprobs_behind_the_prompt() -> None:
+    def answer(number: int, body: dict[str, Any]) -> Reply:
+        tokens = 3 if body["messages"][-1]["role"] == "user" else 5
+        places = [None, *({str(place): {"logprob": -place / 10}} for place in range(1, tokens))]
+        content = {"choices": [{"message": {"content": "x"}, "finish_reason": "length"}], "prompt_logprobs": places}
+        return 200, {}, json.dumps(content).encode()
+
+    messages = [{"role": "user", "content": "Is it right?"}]
+    with serving(answer) as server, open_engine(OpenAI(endpoints=(server.url,)), ModelRef(name="m")) as engine:
+        assert engine.score(messages, ["Yes", ""]) == [[-0.3, -0.4], []]
+
+
+def test_endpoint_that_cannot_score_is_named_as_such() -> None:
+    messages = [{"role": "user", "content": "Is it right?"}]
+    with (
+        serving(lambda number, body: ok()) as server,
+        open_engine(OpenAI(endpoints=(server.url,)), ModelRef(name="m")) as engine,
+        pytest.raises(EngineConfigurationError, match="the endpoint cannot score"),
+    ):
+        engine.score(messages, ["Yes"])
+
+
+def test_chat_template_of_ones_own_is_refused() -> None:
+    with pytest.raises(EngineConfigurationError, match="start the server with them"):
+        open_engine(OpenAI(endpoints=("http://x/v1",)), ModelRef(name="m", chat_template="{{ messages }}"))
