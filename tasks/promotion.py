@@ -1,0 +1,87 @@
+"""The gate: does the candidate replace the incumbent? Decided by a paired test on a dev split, never on the test split."""
+
+from collections.abc import Sequence
+from typing import Literal, NamedTuple
+
+from pydantic import Field
+
+from models.specs import Settings
+from storage.rows import EvaluatedPrompt
+from tasks.metrics import PairedDifference, paired_difference
+
+
+class Gate(Settings):
+    """When a new policy stands.
+
+    `better`: the difference is above zero, and a one-sided paired test says so. `not_worse`: the difference as measured
+    is no drop beyond `maximum_drop`; no test, since on few prompts hardly any policy can be shown not to be worse.
+    """
+
+    promote: Literal["better", "not_worse", "always"] = "better"
+    strategy: str = "mean@1"
+    alpha: float = Field(default=0.05, gt=0, lt=1)  # of the one-sided test
+    maximum_drop: float = Field(default=0.01, ge=0, le=1)  # as a share: 0.01 is one point
+    seed: int = Field(default=0, ge=0)  # of the resampling
+
+
+class Decision(NamedTuple):
+    """The verdict, a sentence that explains it, and its figures; difference is candidate - incumbent, as a share."""
+
+    promoted: bool
+    reason: str
+    difference: float
+    low: float  # 95 % interval
+    high: float
+    p_value: float  # one-sided
+    n: int  # prompts
+
+
+def decide(candidate: Sequence[EvaluatedPrompt], incumbent: Sequence[EvaluatedPrompt], gate: Gate) -> Decision:
+    """Whether the candidate stands. Prompts are joined by id; rows of other strategies than the gate's are left out.
+
+    Raises:
+        ValueError: a side has no row of the strategy or two of one prompt, or the sides have different prompts.
+    """
+    new, old = _by_prompt(candidate, gate, "candidate"), _by_prompt(incumbent, gate, "incumbent")
+    if new.keys() != old.keys():
+        raise ValueError(
+            f"the gate compares the same prompts, but the candidate has {len(new)} and the incumbent {len(old)}, of "
+            f"which {len(new.keys() & old.keys())} are shared; evaluate both on one dev split"
+        )
+    prompt_ids = sorted(new)
+    paired = paired_difference([new[one] for one in prompt_ids], [old[one] for one in prompt_ids], gate.seed)
+    promoted = _passes(paired, gate)
+    before, after = sum(old.values()) / len(old), sum(new.values()) / len(new)
+    return Decision(promoted, _sentence(paired, before, after, gate, promoted=promoted), *paired)
+
+
+def _by_prompt(rows: Sequence[EvaluatedPrompt], gate: Gate, side: str) -> dict[str, float]:
+    of_strategy = [row for row in rows if row.strategy == gate.strategy]
+    values = {row.prompt_id: row.value for row in of_strategy}
+    if not values or len(values) != len(of_strategy):
+        raise ValueError(
+            f"the gate wants one {gate.strategy!r} row a prompt of the {side}; found {len(of_strategy)} rows of "
+            f"{len(values)} prompts among strategies {sorted({row.strategy for row in rows})!r}; set gate.strategy to "
+            "one that is evaluated on dev"
+        )
+    return values
+
+
+def _passes(paired: PairedDifference, gate: Gate) -> bool:
+    if gate.promote == "better":
+        return paired.difference > 0 and paired.p_value < gate.alpha
+    return gate.promote == "always" or paired.difference >= -gate.maximum_drop - 1e-9  # shares are not exact
+
+
+def _sentence(paired: PairedDifference, before: float, after: float, gate: Gate, *, promoted: bool) -> str:
+    rules = {
+        "better": f"p below {gate.alpha:g} and a rise are asked for",
+        "not_worse": f"a drop of up to {100 * gate.maximum_drop:g} points is allowed",
+        "always": "every policy is promoted",
+    }
+    return (
+        f"{'Promoted' if promoted else 'Not promoted'}: {gate.strategy} went from {100 * before:.1f} % to "
+        f"{100 * after:.1f} % on the same {paired.n:,} prompts, {100 * paired.difference:+.1f} points (95 % interval "
+        f"{100 * paired.low:+.1f} to {100 * paired.high:+.1f}, one-sided p = {paired.p_value:.2g}); "
+        f"{rules[gate.promote]}."
+    )
