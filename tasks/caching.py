@@ -1,0 +1,328 @@
+"""@step: a function of references and settings whose result is stored once and reused for ever.
+
+The store's own record is the truth (DESIGN 4). Prefect runs each step as a task and shows a hit as Cached, but none of
+its caching is used: PREFECT.md 1 says which of its policies lie, and when. Without a flow run around it, a step runs
+just the same, only unseen.
+"""
+
+import functools
+import inspect
+import logging
+import time
+import traceback
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextvars import ContextVar, copy_context
+from dataclasses import dataclass
+from typing import Any, Generic, NamedTuple, ParamSpec, TypeVar, get_type_hints
+
+from prefect import Task
+from prefect.cache_policies import NO_CACHE
+from prefect.context import FlowRunContext
+from prefect.states import Completed
+from prefect.utilities.annotations import quote
+from pydantic import BaseModel, TypeAdapter
+
+from models.specs import ModelRef, Settings
+from storage import checkpoints, datasets, results
+from storage.datasets import DatasetRef
+from storage.digests import digest_of
+from storage.hub import Source, source_key
+from storage.locks import exclusive
+from tasks.planning import PlannedStep, current_plan
+from tasks.recording import current_iteration, record_step
+from tasks.serving import stopping
+
+P = ParamSpec("P")
+R = TypeVar("R")
+T = TypeVar("T")
+
+log = logging.getLogger("ratchet")
+_CALL: ContextVar["Call | None"] = ContextVar("call", default=None)
+STEPS: dict[str, "Step[Any, Any]"] = {}
+
+RETRY_DELAYS_SECONDS = (5, 20)
+
+
+class Outcome(NamedTuple):
+    """What a task body made, and whether it was there already."""
+
+    value: Any
+    cached: bool
+    message: str
+
+
+@dataclass(frozen=True, slots=True)
+class Lookup:
+    """What the store knows of one call of a step."""
+
+    key: str
+    parts: dict[str, Any]
+    found: results.StepResult | None
+    missing: str  # why nothing can be reused; empty when something can
+
+
+class Call(NamedTuple):
+    """The step that is running."""
+
+    step: str
+    key: str
+    counts: dict[str, int]
+
+
+class Step(Generic[P, R]):
+    """A cached step. Called, it runs as a Prefect task where a flow runs; `.fn` is the bare function."""
+
+    def __init__(self, fn: Callable[P, R], version: str, rows: "Callable[P, int | None] | None") -> None:
+        functools.update_wrapper(self, fn)
+        self.fn = fn
+        self._rows = rows
+        self.name = fn.__name__
+        self.version = version
+        self._signature = inspect.signature(fn)
+        self._returns: TypeAdapter[R] = TypeAdapter(get_type_hints(fn)["return"])
+        if self.name in STEPS:
+            raise ValueError(f"two steps are named {self.name!r}; a step name is part of its key and must be unique")
+        STEPS[self.name] = self
+
+    def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
+        plan = current_plan()
+        if plan is not None:
+            return self._plan(plan, *args, **kwargs)
+
+        def body() -> Outcome:
+            return self._run(*args, **kwargs)
+
+        future = start_task(body, name=self.name)
+        value: R = future.result()
+        return value
+
+    def lookup(self, *args: P.args, **kwargs: P.kwargs) -> Lookup:
+        """Whether this call's result is stored and whole, without running anything."""
+        bound = self._signature.bind(*args, **kwargs)
+        bound.apply_defaults()
+        inputs = {name: key_part(value) for name, value in bound.arguments.items()}
+        parts = {"step": self.name, "version": self.version, "inputs": inputs}
+        key = digest_of(parts)
+        found = results.find_result(self.name, key)
+        if found is None:
+            return Lookup(key, parts, None, "not done yet")
+        damage = what_is_wrong(self._returns.validate_python(found.value))
+        return Lookup(key, parts, None if damage else found, damage or "")
+
+    def _plan(self, plan: list[PlannedStep], *args: P.args, **kwargs: P.kwargs) -> R:
+        """Note what this call would do; its value is the stored one, or a placeholder that nothing is stored for."""
+        lookup = self.lookup(*args, **kwargs)
+        if lookup.found is not None:
+            value = self._returns.validate_python(lookup.found.value)
+            rows = _shown(value).get("rows")
+        else:
+            rows = self._rows(*args, **kwargs) if self._rows else None
+            value = self._placeholder(lookup.key, rows)
+        reads = ", ".join(ref.step for ref in _references([*args, *kwargs.values()]) if isinstance(ref, DatasetRef))
+        planned = PlannedStep(self.name, current_iteration(), lookup.found is not None, lookup.missing, rows, reads)
+        plan.append(planned)
+        return value
+
+    def _placeholder(self, key: str, rows: int | None) -> R:
+        returned = get_type_hints(self.fn)["return"]
+        digest = digest_of({"planned": key})
+        if returned is DatasetRef:
+            return DatasetRef(step=self.name, digest=digest, row_type="planned", rows=rows or 1)  # type: ignore[return-value]
+        if returned is ModelRef:
+            return ModelRef(name=self.name, digest=digest)  # type: ignore[return-value]
+        planned: R = returned.planned()  # any other type of result says itself what stands for it in a plan
+        return planned
+
+    def _run(self, *args: P.args, **kwargs: P.kwargs) -> Outcome:
+        lookup = self.lookup(*args, **kwargs)
+        if lookup.found is None:
+            with exclusive(f"step-{self.name}-{lookup.key[:24]}", wait_seconds=None):
+                lookup = self.lookup(*args, **kwargs)  # another process may have done it meanwhile
+                if lookup.found is None:
+                    return self._produce(lookup, *args, **kwargs)
+        found = lookup.found
+        value = self._returns.validate_python(found.value)
+        record_step(self.name, cached=True, key=lookup.key, seconds=0.0, counts=found.counts, **_shown(value))
+        return Outcome(value, True, f"reused {self.name}/{lookup.key[:12]} of {found.finished_at}")
+
+    def _produce(self, lookup: Lookup, *args: P.args, **kwargs: P.kwargs) -> Outcome:
+        if lookup.missing not in ("", "not done yet"):
+            log.warning("%s runs again: %s", self.name, lookup.missing)
+        counts: dict[str, int] = {}
+        token = _CALL.set(Call(self.name, lookup.key, counts))
+        started = time.monotonic()
+        try:
+            value = self.fn(*args, **kwargs)
+        except BaseException as error:
+            record_step(self.name, failed=True, key=lookup.key, seconds=time.monotonic() - started, detail=str(error))
+            raise
+        finally:
+            _CALL.reset(token)
+        seconds = time.monotonic() - started
+        results.save_result(
+            results.StepResult(
+                step=self.name,
+                key=lookup.key,
+                version=self.version,
+                key_parts=lookup.parts,
+                value=self._returns.dump_python(value, mode="json"),
+                counts=counts,
+                seconds=round(seconds, 3),
+            ),
+            replace=lookup.missing != "not done yet",
+        )
+        record_step(self.name, key=lookup.key, seconds=seconds, counts=counts, **_shown(value))
+        return Outcome(value, False, "")
+
+
+def step(*, version: str, rows: Callable[..., int | None] | None = None) -> Callable[[Callable[P, R]], Step[P, R]]:
+    """Make a function a cached step.
+
+    Args:
+        rows: how many rows it will write at most, from its own arguments, for `ratchet plan`.
+
+    Key: sha256 of step name, version, settings and the content digests of the inputs. Raise the version when equal
+    inputs should now give another result. Returned references are checked on each hit; missing or damaged data is a
+    miss that says why.
+    """
+    return lambda fn: Step(fn, version, rows)
+
+
+def log_counts(counts: Mapping[str, int]) -> None:
+    """Add counts of rows by reason or stage to the record of the step that is running."""
+    call = _CALL.get()
+    if call is not None:
+        for name, count in counts.items():
+            call.counts[name] = call.counts.get(name, 0) + count
+
+
+def current_step() -> str:
+    """Name of the step that is running."""
+    return _running().step
+
+
+def current_key() -> str:
+    """Key of the step that is running; names its scratch folder, so that a killed one finds it again."""
+    return _running().key
+
+
+def _running() -> Call:
+    call = _CALL.get()
+    if call is None:
+        raise RuntimeError("no step is running here; call the step itself, not its .fn")
+    return call
+
+
+def start_task(
+    body: Callable[[], Outcome],
+    *,
+    name: str,
+    shard: int | None = None,
+    retry_on: type[Exception] | None = None,
+    pool: ThreadPoolExecutor | None = None,
+) -> "Future[Any]":
+    """Run the body as a Prefect task where a flow runs, else in the pool or at once; the future holds its value.
+
+    Args:
+        retry_on: this error is retried with back-off, by Prefect, so that each attempt can be seen.
+    """
+    if FlowRunContext.get() is not None:
+        return _start_in_prefect(body, name=name, shard=shard, retry_on=retry_on)
+    if pool is not None:
+        return pool.submit(copy_context().run, lambda: body().value)
+    done: Future[Any] = Future()
+    done.set_result(body().value)
+    return done
+
+
+def task_run_name(name: str, shard: int | None) -> str:
+    """For instance "it1 sample_rollouts shard 3"."""
+    iteration = current_iteration()
+    parts = [f"it{iteration}"] if iteration is not None else []
+    return " ".join([*parts, name, *([f"shard {shard}"] if shard is not None else [])])
+
+
+def key_part(value: object) -> object:
+    """What a cache key sees of an argument: content digests and plain settings, never a path."""
+    if isinstance(value, DatasetRef):
+        return {"rows": value.digest}
+    if isinstance(value, Settings):
+        return value.key()
+    if isinstance(value, Source):
+        return source_key(value)
+    if isinstance(value, tuple | list):
+        return [key_part(item) for item in value]
+    if value is None or isinstance(value, str | int | float | bool):
+        return value
+    raise TypeError(f"a step got {value!r}; it takes references, settings and plain values, so that its key is exact")
+
+
+def what_is_wrong(value: object) -> str | None:
+    """Why a stored result cannot be reused; None when all the data it refers to is whole."""
+    for reference in _references(value):
+        if isinstance(reference, DatasetRef):
+            damage = datasets.what_is_wrong(reference, deep=True)  # else a flipped byte would stay a hit
+        else:
+            digests = [digest for digest in (reference.digest, reference.adapter) if digest and not reference.path]
+            damage = next(filter(None, map(checkpoints.what_is_wrong_with_checkpoint, digests)), None)
+        if damage:
+            return damage
+    return None
+
+
+def _references(value: object) -> Sequence[DatasetRef | ModelRef]:
+    if isinstance(value, DatasetRef | ModelRef):
+        return [value]
+    if isinstance(value, BaseModel):
+        return [found for name in type(value).model_fields for found in _references(getattr(value, name))]
+    if isinstance(value, tuple | list):
+        return [found for item in value for found in _references(item)]
+    return []
+
+
+def _shown(value: object) -> dict[str, Any]:
+    if isinstance(value, DatasetRef):
+        return {"rows": value.rows, "digest": value.digest}
+    if isinstance(value, ModelRef):
+        return {"digest": value.adapter or value.digest}
+    return {}
+
+
+def _start_in_prefect(
+    body: Callable[[], Outcome], *, name: str, shard: int | None, retry_on: type[Exception] | None
+) -> "Future[Any]":
+    options: dict[str, Any] = {}
+    if retry_on is not None:
+        options = {
+            "retries": len(RETRY_DELAYS_SECONDS),
+            "retry_delay_seconds": list(RETRY_DELAYS_SECONDS),
+            "retry_condition_fn": _retry_condition(retry_on),
+        }
+    task = Task(
+        fn=_run_in_task,
+        name=name,
+        task_run_name=task_run_name(name, shard),
+        cache_policy=NO_CACHE,
+        persist_result=False,
+        **options,
+    )
+    return task.submit(quote(body))  # type: ignore[no-any-return]  # a PrefectFuture has the same result()
+
+
+def _retry_condition(retry_on: type[Exception]) -> Callable[[Any, Any, Any], bool]:
+    def is_transient(task: Any, run: Any, state: Any) -> bool:
+        return not stopping.is_set() and isinstance(state.result(raise_on_failure=False), retry_on)
+
+    return is_transient
+
+
+def _run_in_task(body: Callable[[], Outcome]) -> Any:
+    try:
+        outcome = body()
+    except Exception:
+        log.error("%s", traceback.format_exc())
+        raise
+    if outcome.cached:
+        return Completed(name="Cached", message=outcome.message, data=outcome.value)
+    return outcome.value

@@ -1,0 +1,160 @@
+"""What can be found wrong with an experiment before a model is loaded and anything is written."""
+
+import tempfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol, TypeVar
+
+from pydantic import BaseModel
+
+from models.chat import load_tokenizer, messages_of, render_text, template_only
+from models.engine import EngineConfigurationError
+from models.specs import VLLM, EngineSettings, Fake, ModelRef, Optimization, PromptTemplate, Sampling
+from storage.home import home
+from storage.hub import Source
+from tasks.loading import demonstrations_of, prompts_of
+
+T = TypeVar("T")
+
+
+class Read(NamedTuple):
+    """A source that an experiment reads, and what each of its rows must have."""
+
+    name: str
+    source: Source
+    answers: bool = False
+    completions: bool = False
+    apart: bool = False  # no prompt may stand in another source that is to be kept apart
+
+
+class Checkable(Protocol):
+    """A recipe's config, as far as the checks know it."""
+
+    @property
+    def engine(self) -> EngineSettings: ...
+
+    @property
+    def marker(self) -> str: ...
+
+    def reads(self) -> Sequence[Read]:
+        """The sources it reads."""
+
+    def templates(self) -> dict[str, tuple[ModelRef | None, PromptTemplate]]:
+        """Each way a model is prompted, by a label; None: a model of ours, with the tiny chat template."""
+
+
+def faults(config: Checkable) -> list[str]:
+    """Every fault of the experiment, in words; empty when it can be run."""
+    found = list(_home_faults())
+    found += _source_faults(config)
+    found += [fault for name, model in _parts(config, ModelRef) for fault in _model_faults(name, model, config)]
+    if isinstance(config.engine, VLLM):
+        limit = config.engine.max_model_len
+        found += [fault for name, one in _parts(config, Sampling) for fault in _length_faults(name, one, limit)]
+    found += [fault for name, one in _parts(config, Optimization) for fault in _training_faults(name, one)]
+    return found
+
+
+def first_prompts(config: Checkable) -> dict[str, str]:
+    """The first training prompt as the engine will get it, for each way the experiment prompts a model."""
+    source = config.reads()[0].source
+    prompt = next(iter(prompts_of(source))).prompt
+    return {label: _rendered(ref, template, prompt) for label, (ref, template) in config.templates().items()}
+
+
+def _rendered(ref: ModelRef | None, template: PromptTemplate, prompt: str) -> str:
+    messages = messages_of(template, prompt)
+    if ref is None:
+        from models.tiny import CHAT_TEMPLATE
+
+        return render_text(template_only(CHAT_TEMPLATE), messages)
+    if Path(ref.name).is_dir():
+        return render_text(load_tokenizer(ref.name, ref.chat_template, ref.trust_remote_code), messages)
+    if ref.chat_template is not None:
+        return render_text(template_only(ref.chat_template), messages)
+    told = "\n".join(f"[{message['role']}] {message['content']}" for message in messages)
+    return f"{told}\n(the tokenizer of {ref.name} is not on this machine; its chat template is put around this)"
+
+
+def _home_faults() -> Iterator[str]:
+    nearest = next(parent for parent in (home(), *home().parents) if parent.exists())
+    try:
+        tempfile.TemporaryDirectory(dir=nearest).cleanup()
+    except OSError as error:
+        yield (
+            f"the home {home()} cannot be written ({error.strerror}); "
+            "name another with --home or RATCHET_HOME, or make it writable"
+        )
+
+
+def _source_faults(config: Checkable) -> list[str]:
+    found: list[str] = []
+    owners: dict[str, str] = {}
+    for read in config.reads():
+        try:
+            found += _row_faults(read, config.marker, owners)
+        except (ValueError, OSError) as error:
+            found.append(f"{read.name}: {error}")
+    return found
+
+
+def _row_faults(read: Read, marker: str, owners: dict[str, str]) -> Iterator[str]:
+    if read.completions:
+        for _ in demonstrations_of(read.source, marker):
+            pass
+    if not (read.answers or read.apart):
+        return
+    count = 0
+    for prompt in prompts_of(read.source):
+        count += 1
+        if read.answers and prompt.answer is None:
+            yield f"{read.name}: {prompt.source} has no gold answers; name their column in {read.name}.columns.answer"
+            return
+        if read.apart and owners.setdefault(prompt.prompt, read.name) != read.name:
+            yield (
+                f"{read.name}: the prompt {prompt.prompt[:80]!r} also stands in {owners[prompt.prompt]}, so the figures "
+                "would be of prompts that were trained on or chosen by; take other rows"
+            )
+            return
+    if not count:
+        yield f"{read.name}: the source has no rows; see {read.name}.rows and {read.name}.limit"
+
+
+def _model_faults(name: str, ref: ModelRef, config: Checkable) -> Iterator[str]:
+    fake = ref.name.startswith("fake:")
+    if fake != isinstance(config.engine, Fake):
+        rule = "only a fake engine can serve it" if fake else "a fake engine serves names like 'fake:0.4' only"
+        yield f"{name}.name is {ref.name!r} with engine.kind {config.engine.kind!r}; {rule}"
+    if Path(ref.name).is_dir():
+        try:
+            load_tokenizer(ref.name, ref.chat_template, ref.trust_remote_code)
+        except EngineConfigurationError as error:
+            yield f"{name}: {error}"
+    elif ref.name.startswith((".", "/", "~")) or ref.name.count("/") > 1:
+        yield f"{name}.name: there is no folder {ref.name!r}; give a folder with model files, or a hub name"
+
+
+def _length_faults(name: str, sampling: Sampling, limit: int) -> Iterator[str]:
+    if sampling.max_completion_tokens >= limit:
+        yield (
+            f"{name}.max_completion_tokens is {sampling.max_completion_tokens} but engine.max_model_len is {limit}, "
+            "which leaves no room for a prompt; raise the latter or lower the former"
+        )
+
+
+def _training_faults(name: str, settings: Optimization) -> Iterator[str]:
+    file = settings.accelerate_config
+    if file is not None and not Path(file).is_file():
+        yield f"{name}.accelerate_config: there is no file {file!r}; see deployments/accelerate/"
+
+
+def _parts(config: Any, kind: type[T], name: str = "") -> Iterator[tuple[str, T]]:
+    """All settings of one kind in a config, with their dotted names."""
+    if isinstance(config, kind):
+        yield name, config
+    if isinstance(config, BaseModel):
+        for field in type(config).model_fields:
+            yield from _parts(getattr(config, field), kind, f"{name}.{field}".lstrip("."))
+    elif isinstance(config, tuple | list):
+        for number, item in enumerate(config):
+            yield from _parts(item, kind, f"{name}[{number}]")

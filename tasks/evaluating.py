@@ -1,0 +1,107 @@
+"""A policy and held-out prompts -> evaluated prompts, metrics, and the gate's decision."""
+
+from collections.abc import Iterator, Sequence
+from itertools import groupby
+from typing import NamedTuple
+
+from pydantic import Field, model_validator
+
+from models.specs import EngineSettings, ModelRef, PromptTemplate, Sampling, Settings
+from storage.datasets import DatasetRef, read_rows, write_rows
+from storage.rows import EvaluatedPrompt, Metric, ScoredRollout
+from tasks.caching import log_counts, step
+from tasks.metrics import evaluate_prompt, parse_strategy, summarise
+from tasks.promotion import Decision, Gate, decide
+from tasks.sampling import sample_rollouts
+from tasks.scoring import score_answers
+
+
+class EvaluationPass(Settings):
+    """Rollouts drawn once, and the strategies that are figured from them."""
+
+    strategies: tuple[str, ...] = Field(min_length=1)  # "greedy", "mean@1", "pass@16", "maj@16", ...
+    sampling: Sampling
+
+    @model_validator(mode="after")
+    def _has_enough_rollouts(self) -> "EvaluationPass":
+        for name in self.strategies:
+            parse_strategy(name).check(self.sampling)
+        return self
+
+
+class Evaluation(Settings):
+    """How policies are measured: once on dev for the gate, and in as many passes as wanted on test for the report."""
+
+    dev: Sampling
+    test: tuple[EvaluationPass, ...] = Field(min_length=1)
+
+
+class HeldOut(NamedTuple):
+    """The prompts that no policy is trained on."""
+
+    dev: DatasetRef
+    test: DatasetRef
+
+
+class Contender(NamedTuple):
+    """A policy, the template it is prompted with, and how it did."""
+
+    policy: ModelRef
+    template: PromptTemplate
+    dev: DatasetRef  # EvaluatedPrompt rows of the gate's strategy
+    test: DatasetRef  # EvaluatedPrompt rows of all strategies
+
+
+def assess(
+    policy: ModelRef,
+    template: PromptTemplate,
+    held_out: HeldOut,
+    evaluation: Evaluation,
+    gate: Gate,
+    engine: EngineSettings,
+    marker: str,
+) -> Contender:
+    """Sample, score and evaluate a policy on the dev split and on the test split."""
+
+    def scored(prompts: DatasetRef, sampling: Sampling) -> DatasetRef:
+        return score_answers(sample_rollouts(policy, prompts, template, sampling, engine), prompts, marker)
+
+    dev = evaluate_answers((scored(held_out.dev, evaluation.dev),), ((gate.strategy,),))
+    test = evaluate_answers(
+        tuple(scored(held_out.test, one.sampling) for one in evaluation.test),
+        tuple(one.strategies for one in evaluation.test),
+    )
+    return Contender(policy, template, dev, test)
+
+
+@step(version="1")
+def evaluate_answers(scored: tuple[DatasetRef, ...], strategies: tuple[tuple[str, ...], ...]) -> DatasetRef:
+    """One row a prompt and strategy; the n-th strategies look at the n-th scored rollouts."""
+    rows = (
+        evaluate_prompt(rollouts, parse_strategy(name))
+        for reference, names in zip(scored, strategies, strict=True)
+        for rollouts in _by_prompt(reference)
+        for name in names
+    )
+    evaluated = write_rows(rows, EvaluatedPrompt, step="evaluated", parents=scored)
+    log_counts({})
+    return evaluated
+
+
+@step(version="1")
+def decide_promotion(challenger: DatasetRef, incumbent: DatasetRef, gate: Gate) -> Decision:
+    """Whether the challenger replaces the incumbent, by a paired test on the dev split."""
+    return decide(list(read_rows(challenger, EvaluatedPrompt)), list(read_rows(incumbent, EvaluatedPrompt)), gate)
+
+
+def metrics_of(evaluated: DatasetRef, split: str, seed: int) -> list[Metric]:
+    """One figure with its interval for each strategy, in their order."""
+    by_strategy: dict[str, list[EvaluatedPrompt]] = {}
+    for row in read_rows(evaluated, EvaluatedPrompt):
+        by_strategy.setdefault(row.strategy, []).append(row)
+    return [summarise(rows, split, seed) for rows in by_strategy.values()]
+
+
+def _by_prompt(scored: DatasetRef) -> Iterator[Sequence[ScoredRollout]]:
+    for _, rollouts in groupby(read_rows(scored, ScoredRollout), key=lambda row: row.prompt_id):
+        yield list(rollouts)

@@ -1,0 +1,71 @@
+"""Contenders -> the policy that stands, and the record of each iteration."""
+
+from storage.datasets import DatasetRef
+from storage.experiments import Experiment, IterationRecord
+from storage.rows import Metric
+from tasks.evaluating import Contender, decide_promotion, metrics_of
+from tasks.observing import publish_iteration
+from tasks.planning import current_plan
+from tasks.promotion import Decision, Gate
+from tasks.recording import current_iteration
+
+# Counts that are rows left after a stage, in order; a step's other counts are rows dropped, by reason.
+FUNNEL = ("sampled", "answered", "correct", "after_deduplication", "after_cap", "kept", "pairs", "trained_on")
+FUNNEL_STEPS = ("select_demonstrations", "pair_rollouts", "train_sft", "train_preferences")
+NO_STAGE = ("optimizer_steps",)
+
+
+def begin(experiment: Experiment, base: Contender) -> None:
+    """Record the base as iteration 0; it stands until something better does."""
+    _record(experiment, "base", base, None, {})
+
+
+def promote(
+    experiment: Experiment, label: str, challenger: Contender, incumbent: Contender, gate: Gate, **made_from: DatasetRef
+) -> Contender:
+    """Record an iteration and return the contender that stands after it."""
+    decision = decide_promotion(challenger.dev, incumbent.dev, gate)
+    _record(experiment, label, challenger, decision, made_from)
+    return challenger if decision.promoted else incumbent
+
+
+def _record(
+    experiment: Experiment,
+    label: str,
+    contender: Contender,
+    decision: Decision | None,
+    made_from: dict[str, DatasetRef],
+) -> None:
+    if current_plan() is not None:
+        return
+    number = current_iteration()
+    assert number is not None  # flows record inside an iteration
+    counts = _counts(experiment, number)
+    references = {**made_from, "dev": contender.dev, "test": contender.test}
+    record = IterationRecord(
+        iteration=number,
+        label=label,
+        policy=contender.policy.model_dump(mode="json"),
+        promoted=decision is None or decision.promoted,
+        decision=None if decision is None else decision._asdict(),
+        metrics=_figures(metrics_of(contender.test, "test", 0)),
+        dev_metrics=_figures(metrics_of(contender.dev, "dev", 0)),
+        funnel={stage: counts[stage] for stage in FUNNEL if stage in counts},
+        drops={reason: n for reason, n in counts.items() if reason not in (*FUNNEL, *NO_STAGE)},
+        references={role: reference.model_dump() for role, reference in references.items()},
+    )
+    experiment.add_iteration(record)
+    publish_iteration(experiment.name, record)
+
+
+def _counts(experiment: Experiment, number: int) -> dict[str, int]:
+    steps = experiment.steps(run=experiment.state().run)
+    counts: dict[str, int] = {}
+    for record in steps:
+        if record.iteration == number and record.step in FUNNEL_STEPS and record.state == "completed":
+            counts |= record.counts
+    return counts
+
+
+def _figures(metrics: list[Metric]) -> dict[str, dict[str, float | int]]:
+    return {m.strategy: {"value": m.value, "low": m.low, "high": m.high, "n": m.n, "k": m.k} for m in metrics}

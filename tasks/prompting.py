@@ -1,0 +1,23 @@
+"""How the base is prompted: worked examples drawn from the training source, and taken out of the sampling pool."""
+
+from typing import NamedTuple
+
+from models.specs import PromptTemplate
+from storage.hub import Source
+from tasks.loading import demonstrations_of
+from tasks.prompts import FewShot, draw_examples, few_shot_template
+
+
+class FirstTemplate(NamedTuple):
+    """The template for the base, and the prompt_ids of the examples in it."""
+
+    template: PromptTemplate
+    examples: tuple[str, ...]
+
+
+def first_template(template: PromptTemplate, few_shot: FewShot | None, train: Source, marker: str) -> FirstTemplate:
+    """The given template, behind worked examples if there are to be any."""
+    if few_shot is None:
+        return FirstTemplate(template, ())
+    examples = draw_examples(list(demonstrations_of(train, marker)), few_shot)
+    return FirstTemplate(few_shot_template(template, examples), tuple(row.prompt_id for row in examples))

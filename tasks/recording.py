@@ -1,0 +1,156 @@
+"""The run under way: which experiment and iteration a step belongs to, and who is told when it ends.
+
+Held in context variables, so that flows stay plain calls and shards in other threads still know where they are.
+"""
+
+import copy
+import logging
+import uuid
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+from typing import Any
+
+from storage.experiments import Experiment, StepRecord, now
+from storage.locks import exclusive
+from tasks.planning import current_plan
+
+log = logging.getLogger("ratchet")
+
+_RUN: ContextVar["Run | None"] = ContextVar("run", default=None)
+_ITERATION: ContextVar[int | None] = ContextVar("iteration", default=None)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Progress:
+    """Rows finished so far by a step that is still running."""
+
+    step: str
+    iteration: int | None
+    done: int
+    total: int
+    tokens: int
+    reused: int  # of `done`, rows that were there already
+
+
+Listener = Callable[[StepRecord | Progress], None]
+_listeners: list[Listener] = []
+
+
+class Run:
+    """One run of an experiment in this process."""
+
+    def __init__(self, experiment: Experiment) -> None:
+        self.id = uuid.uuid4().hex[:12]
+        self.experiment = experiment
+
+
+def current_run() -> Run | None:
+    """The run this code is part of; None in a unit test or a command that runs no flow."""
+    return _RUN.get()
+
+
+def current_iteration() -> int | None:
+    """The iteration this code is part of; None before the first and after the last."""
+    return _ITERATION.get()
+
+
+@contextmanager
+def experiment_run(name: str, config: Mapping[str, Any], *, prefect_url: str | None = None) -> Iterator[Experiment]:
+    """Record everything inside as one run of the experiment; two runs of one experiment never write at once.
+
+    Raises:
+        LockedError: another process is running this experiment; the message names it.
+    """
+    experiment = Experiment(name)
+    if current_plan() is not None:
+        yield experiment
+        return
+    with exclusive(f"experiment-{name}", wait_seconds=0):
+        run = Run(experiment)
+        experiment.begin(run.id, config, prefect_url=prefect_url)
+        token = _RUN.set(run)
+        try:
+            yield experiment
+        except KeyboardInterrupt:
+            experiment.end("interrupted", "stopped by Ctrl-C")
+            raise
+        except BaseException as error:
+            experiment.end("failed", f"{type(error).__name__}: {error}")
+            raise
+        else:
+            experiment.end("finished")
+        finally:
+            _RUN.reset(token)
+
+
+def each_iteration(numbers: Iterable[int]) -> Iterator[int]:
+    """Yield the iteration numbers; steps called meanwhile carry the number in their names and records."""
+    for number in numbers:
+        with iteration(number):
+            yield number
+
+
+@contextmanager
+def iteration(number: int) -> Iterator[int]:
+    """Steps called inside belong to this iteration."""
+    before = _ITERATION.get()
+    _ITERATION.set(number)
+    try:
+        yield number
+    finally:
+        _ITERATION.set(before)
+
+
+@contextmanager
+def listening(listener: Listener) -> Iterator[None]:
+    """Tell the listener of each finished step and of progress, from whatever thread it happens in."""
+    _listeners.append(listener)
+    try:
+        yield
+    finally:
+        _listeners.remove(listener)
+
+
+def announce(event: StepRecord | Progress) -> None:
+    """Pass an event to the listeners, and a finished step to the experiment's record."""
+    run = current_run()
+    if isinstance(event, StepRecord) and run is not None:
+        run.experiment.add_step(event)
+    for listener in copy.copy(_listeners):
+        listener(event)
+
+
+def record_step(
+    step: str,
+    *,
+    shard: int | None = None,
+    failed: bool = False,
+    cached: bool = False,
+    rows: int | None = None,
+    digest: str | None = None,
+    key: str | None = None,
+    seconds: float = 0.0,
+    counts: Mapping[str, int] | None = None,
+    detail: str = "",
+) -> StepRecord:
+    """Announce one finished step of the present run and iteration, with one log line."""
+    run = current_run()
+    record = StepRecord(
+        run=run.id if run else "",
+        step=step,
+        iteration=current_iteration(),
+        shard=shard,
+        state="failed" if failed else "completed",
+        cached=cached,
+        rows=rows,
+        digest=digest,
+        key=key,
+        seconds=round(seconds, 3),
+        counts=dict(counts or {}),
+        detail=detail,
+        at=now(),
+    )
+    announce(record)
+    return record
