@@ -1,0 +1,276 @@
+"""The `ratchet` command: reads a preset, checks it, runs the recipe's flow and prints what came out.
+
+Exit codes: 0 done, 1 the run failed, 2 the configuration is wrong (and nothing was written), 130 stopped by Ctrl-C.
+"""
+
+import contextlib
+import importlib
+import json
+import logging
+import os
+import signal
+import sys
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from types import FrameType
+from typing import Annotated, Any, NoReturn
+
+import typer
+from rich.console import Console
+
+from flows.presets import Preset, PresetError
+from flows.server import ServerError, configure_prefect, private_server
+from flows.terminal import Lines, iteration_tables, plan_table, status_tables
+from storage.datasets import DatasetError
+from storage.experiments import Experiment, experiments
+from storage.home import home
+
+# recipe -> module; each module has a config class and a flow, named here so that nothing heavy is imported to list them
+RECIPES = {"rest_em": ("flows.rest_em", "RestEM", "rest_em")}
+COMING = ("generator_evaluator", "spin", "autoif", "instruct_tuning")
+
+app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__)
+WIDTH = None if sys.stdout.isatty() else 140  # a log file is read in a wide window
+out = Console(highlight=False, width=WIDTH)
+err = Console(stderr=True, highlight=False, width=WIDTH, soft_wrap=True)
+
+PresetArgument = Annotated[Path, typer.Argument(help="a preset, for instance deployments/presets/rest_em/tiny.yaml")]
+SetOption = Annotated[list[str] | None, typer.Option("--set", help="a.b=c, over the preset; may be given again")]
+HomeOption = Annotated[str | None, typer.Option("--home", help="where everything is kept; else RATCHET_HOME")]
+JsonOption = Annotated[bool, typer.Option("--json", help="for programs")]
+
+
+class Recipe:
+    """A preset read into its recipe's config, with the flow that runs it."""
+
+    def __init__(self, path: Path, overrides: list[str] | None) -> None:
+        preset = Preset(path, overrides or ())
+        if preset.recipe not in RECIPES:
+            coming = " (it comes with a later version)" if preset.recipe in COMING else ""
+            raise PresetError(f"{path}: recipe is {preset.recipe!r}{coming}; this version has: {', '.join(RECIPES)}")
+        module_name, config_name, flow_name = RECIPES[preset.recipe]
+        configure_prefect()
+        with warnings.catch_warnings():  # Prefect would make its folder while it is imported; ours is made when needed
+            warnings.filterwarnings("ignore", message="Failed to create the Prefect home")
+            module = importlib.import_module(module_name)
+        self.config = preset.config(getattr(module, config_name))
+        self.flow = getattr(module, flow_name)
+
+
+@app.command()
+def run(
+    preset: PresetArgument,
+    set_: SetOption = None,
+    home_: HomeOption = None,
+    no_prefect_server: Annotated[
+        bool, typer.Option(help="run without Prefect: nothing to watch, same results")
+    ] = False,
+) -> None:
+    """Run an experiment, or continue it: what is done already is reused."""
+    _use_home(home_)
+    recipe = _checked(preset, set_)
+    from tasks.recording import listening
+    from tasks.serving import close_engines, stopping
+
+    experiment = Experiment(recipe.config.experiment)
+    with _stopping_at_signals(), Lines(err) as lines, listening(lines):
+        try:
+            _run_flow(recipe, plainly=no_prefect_server)
+        except KeyboardInterrupt:
+            stopping.set()
+            err.print(
+                f"\nStopped. Nothing that was finished is lost; go on with:\n  ratchet run {preset}", style="bold"
+            )
+            raise typer.Exit(130) from None
+        except ServerError as error:
+            _fail(f"{error}\nGo on without it: ratchet run {preset} --no-prefect-server", 1)
+        except Exception as error:  # the one place that turns a failed run into a message and an exit code
+            logging.getLogger("ratchet").debug("the run failed", exc_info=True)
+            _fail(f"The run failed: {error}\nWhat is done is kept; run the same command again to go on.", 1)
+        finally:
+            stopping.set()
+            close_engines()
+    for table in iteration_tables(experiment.iterations()):
+        out.print(table)
+    out.print(f"Report: {experiment.folder / 'report.html'}")
+
+
+@app.command()
+def plan(preset: PresetArgument, set_: SetOption = None, home_: HomeOption = None, json_: JsonOption = False) -> None:
+    """Check everything, show what would run and what is cached; no model is loaded and nothing is written."""
+    _use_home(home_)
+    recipe = _checked(preset, set_)
+    from tasks.checking import first_prompts
+    from tasks.planning import planning
+
+    with planning() as planned:
+        recipe.flow.fn(recipe.config)
+    prompts = first_prompts(recipe.config)
+    if json_:
+        steps = [step._asdict() for step in planned]
+        _print_json({"config": recipe.config.model_dump(mode="json"), "steps": steps, "first_prompts": prompts})
+        return
+    out.print(plan_table(planned))
+    for label, text in prompts.items():
+        out.print(f"\n[bold]First prompt, {label}[/bold]")
+        out.print(text, markup=False)
+
+
+@app.command()
+def status(
+    experiment: Annotated[str | None, typer.Argument(help="only this one")] = None,
+    home_: HomeOption = None,
+    json_: JsonOption = False,
+) -> None:
+    """Where the experiments of the home stand."""
+    _use_home(home_)
+    found = [_experiment(experiment)] if experiment else experiments()
+    if json_:
+        from tasks.reporting import facts
+
+        _print_json([facts(one) for one in found])
+        return
+    if not found:
+        out.print(f"no experiment in {home()} yet; start one with: ratchet run PRESET")
+    for one in found:
+        for table in status_tables(one):
+            out.print(table)
+
+
+@app.command()
+def show(
+    reference: Annotated[
+        str, typer.Argument(help="datasets/<step>/<digest>, models/<digest>, or a digest's beginning")
+    ],
+    rows: Annotated[int, typer.Option("--rows", "-n", help="how many rows")] = 3,
+    home_: HomeOption = None,
+    json_: JsonOption = False,
+) -> None:
+    """What a data set or a model is, where it came from, and its first rows."""
+    _use_home(home_)
+    from tasks.showing import describe
+
+    try:
+        described = describe(reference, rows)
+    except (DatasetError, ValueError) as error:
+        _fail(str(error), 2)
+    if json_:
+        _print_json(described)
+    else:
+        out.print_json(json.dumps(described, ensure_ascii=False))
+
+
+@app.command()
+def report(experiment: str, home_: HomeOption = None) -> None:
+    """Write an experiment's HTML and JSON report again, from what is stored, and say where it is."""
+    _use_home(home_)
+    from tasks.reporting import write_report
+
+    out.print(str(write_report(_experiment(experiment))))
+
+
+@app.command()
+def doctor(home_: HomeOption = None, json_: JsonOption = False) -> None:
+    """Whether this machine has what a run needs, each thing with what to do about it."""
+    _use_home(home_)
+    from flows.doctor import examine
+
+    findings = examine()
+    if json_:
+        _print_json([finding._asdict() for finding in findings])
+    else:
+        for finding in findings:
+            out.print(f"[{'green' if finding.good else 'red'}]{'ok ' if finding.good else 'BAD'}[/] {finding.text}")
+    if not all(finding.good for finding in findings):
+        raise typer.Exit(1)
+
+
+@app.command()
+def ui(home_: HomeOption = None) -> None:
+    """Serve the Prefect UI over the home's own database until Ctrl-C, to look at runs that have ended."""
+    _use_home(home_)
+    configure_prefect()
+    with contextlib.suppress(KeyboardInterrupt), private_server() as address:
+        out.print(f"Prefect UI: {address}  (Ctrl-C ends it)")
+        signal.pause()
+
+
+def main() -> None:
+    """Entry point of the console script."""
+    terminal = logging.StreamHandler()
+    terminal.setLevel(os.environ.get("RATCHET_LOG", "WARNING").upper())
+    logging.basicConfig(format="%(message)s", handlers=[terminal])
+    logging.getLogger("ratchet").setLevel(min(logging.INFO, terminal.level))  # Prefect's log gets more than the terminal
+    app()
+
+
+def _run_flow(recipe: Recipe, *, plainly: bool) -> None:
+    given = os.environ.get("PREFECT_API_URL")
+    if plainly:
+        err.print("Running without a Prefect server: there is no UI to watch, the results are the same.")
+        recipe.flow.fn(recipe.config)
+    elif given:
+        err.print(f"Prefect: {given}")
+        recipe.flow(recipe.config)
+    else:
+        with private_server() as address:
+            err.print(f"Prefect UI: {address}")
+            try:
+                recipe.flow(recipe.config)
+            finally:
+                from tasks.observing import settle
+
+                settle()
+
+
+def _checked(path: Path, overrides: list[str] | None) -> Recipe:
+    try:
+        recipe = Recipe(path, overrides)
+        from tasks.checking import faults
+
+        found = faults(recipe.config)
+    except PresetError as error:
+        _fail(str(error), 2)
+    if found:
+        _fail(f"{path} cannot be run:\n" + "\n".join(f"  {fault}" for fault in found), 2)
+    return recipe
+
+
+def _experiment(name: str) -> Experiment:
+    known = [one.name for one in experiments()]
+    if name not in known:
+        _fail(f"there is no experiment {name!r} in {home()}; there are: {', '.join(known) or 'none yet'}", 2)
+    return Experiment(name)
+
+
+def _use_home(folder: str | None) -> None:
+    if folder is not None:
+        os.environ["RATCHET_HOME"] = folder
+
+
+@contextlib.contextmanager
+def _stopping_at_signals() -> Iterator[None]:
+    """SIGTERM ends a run as Ctrl-C does."""
+
+    def interrupt(_number: int, _frame: FrameType | None) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _print_json(value: Any) -> None:
+    sys.stdout.write(json.dumps(value, indent=1, ensure_ascii=False) + "\n")
+
+
+def _fail(message: str, code: int) -> NoReturn:
+    err.print(message, style="red", markup=False)
+    raise typer.Exit(code)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,130 @@
+"""A private Prefect server for one run: on loopback, its SQLite database in the home, stopped with the run.
+
+Prefect's own in-process server loses task history and leaks slots (PREFECT.md 6), so a real one is started, with what
+it would otherwise spread over the user's home folder kept in ours, and without reports to anyone.
+"""
+
+import contextlib
+import logging
+import os
+import socket
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+
+from models.children import Child, environment
+from storage.home import home
+
+log = logging.getLogger("ratchet")
+
+START_SECONDS = 180.0
+
+
+class ServerError(RuntimeError):
+    """The private Prefect server did not start."""
+
+
+def configure_prefect() -> None:
+    """Set, before Prefect is imported, what our processes want of it; what the user has set stays."""
+    folder = prefect_folder()
+    for name, value in {
+        "PREFECT_HOME": str(folder),
+        "PREFECT_PROFILES_PATH": str(folder / "profiles.toml"),
+        "PREFECT_LOCAL_STORAGE_PATH": str(folder / "storage"),  # 3.7.7 ignores PREFECT_HOME for these three
+        "PREFECT_SERVER_MEMO_STORE_PATH": str(folder / "memo_store.toml"),
+        "PREFECT_LOGGING_SETTINGS_PATH": str(folder / "logging.yml"),
+        "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
+        "PREFECT_SERVER_UI_SHOW_PROMOTIONAL_CONTENT": "false",
+        "PREFECT_SERVER_CONCURRENCY_LEASE_STORAGE": "prefect.server.concurrency.lease_storage.filesystem",
+        "PREFECT_SERVER_EPHEMERAL_ENABLED": "false",
+        "PREFECT_CLI_PROMPT": "false",
+        "PREFECT_LOGGING_EXTRA_LOGGERS": "ratchet",
+        "PREFECT_LOGGING_TO_API_WHEN_MISSING_FLOW": "ignore",
+        "PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL": "CRITICAL",  # the command prints its own lines
+        "DO_NOT_TRACK": "1",
+    }.items():
+        os.environ.setdefault(name, value)
+
+
+def prefect_folder() -> Path:
+    """Where the private server keeps its database and Prefect its files."""
+    return home() / "prefect"
+
+
+@contextlib.contextmanager
+def private_server() -> Iterator[str]:
+    """Start a server on a free loopback port, point this process at it and yield its address, UI included.
+
+    Raises:
+        ServerError: it did not answer in time; the message holds its last lines.
+    """
+    folder = prefect_folder()
+    folder.mkdir(parents=True, exist_ok=True)
+    port = _free_port()
+    address = f"http://127.0.0.1:{port}"
+    child = Child(
+        ["-m", "flows.server", str(port)],
+        environment=environment(
+            offline=True,
+            PREFECT_SERVER_API_HOST="127.0.0.1",
+            PREFECT_SERVER_API_PORT=str(port),  # the UI asks the server where the API is
+            PREFECT_API_DATABASE_CONNECTION_URL=f"sqlite+aiosqlite:///{folder / 'prefect.db'}",
+            PREFECT_API_URL=f"{address}/api",
+        ),
+        on_line=lambda line: log.debug("prefect: %s", line),
+    )
+    try:
+        _wait_until_it_answers(child, f"{address}/api/health")
+        _point_prefect_at(f"{address}/api")
+        yield address
+    finally:
+        _point_prefect_at(None)
+        child.end(patience_seconds=2.0)
+
+
+def _wait_until_it_answers(child: Child, url: str) -> None:
+    deadline = time.monotonic() + START_SECONDS
+    while time.monotonic() < deadline:
+        if child.process.poll() is not None:
+            raise ServerError(f"the private Prefect server ended with {child.process.returncode}:\n{child.tail()}")
+        with contextlib.suppress(urllib.error.URLError, ConnectionError, TimeoutError):
+            urllib.request.urlopen(url, timeout=2).close()
+            return
+        time.sleep(0.2)
+    raise ServerError(f"the private Prefect server did not answer at {url} within {START_SECONDS:.0f} s")
+
+
+def _point_prefect_at(url: str | None) -> None:
+    from prefect.context import refresh_global_settings_context
+
+    if url is None:
+        os.environ.pop("PREFECT_API_URL", None)
+    else:
+        os.environ["PREFECT_API_URL"] = url
+    refresh_global_settings_context()  # it may have been imported, and have read its settings, before
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+def _serve(port: int) -> None:
+    import uvicorn
+    from prefect.server.api.server import create_app
+
+    from models.children import watch_lifeline
+
+    watch_lifeline()
+    uvicorn.run(create_app(final=True), host="127.0.0.1", port=port, log_level="warning")
+
+
+if __name__ == "__main__":
+    import sys
+
+    configure_prefect()
+    _serve(int(sys.argv[1]))
