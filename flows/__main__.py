@@ -91,9 +91,11 @@ def run(
         finally:
             stopping.set()
             close_engines()
+    from tasks.reporting import write_report
+
     for table in iteration_tables(experiment.iterations()):
         out.print(table)
-    out.print(f"Report: {experiment.folder / 'report.html'}")
+    out.print(f"Report: {write_report(experiment)}", soft_wrap=True)
 
 
 @app.command()
@@ -201,7 +203,9 @@ def main() -> None:
     terminal = logging.StreamHandler()
     terminal.setLevel(os.environ.get("RATCHET_LOG", "WARNING").upper())
     logging.basicConfig(format="%(message)s", handlers=[terminal])
-    logging.getLogger("ratchet").setLevel(min(logging.INFO, terminal.level))  # Prefect's log gets more than the terminal
+    logging.getLogger("ratchet").setLevel(
+        min(logging.INFO, terminal.level)
+    )  # Prefect's log gets more than the terminal
     app()
 
 

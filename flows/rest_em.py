@@ -133,7 +133,7 @@ def rest_em(config: RestEM) -> ModelRef:
             sampling = config.sampling.for_iteration(number)
             rollouts = sample_rollouts(incumbent.policy, drawn, incumbent.template, sampling, config.engine)  # E-step
             scored = score_answers(rollouts, drawn, config.marker)  # r(x, y)
-            kept.append(select_demonstrations(scored, config.selection_of(number), number))  # D_i
+            kept.append(select_demonstrations(scored, config.selection_of(number), number, config.marker))  # D_i
             chosen = tuple(kept) if config.demonstrations == "all" else (kept[-1],)
             policy = train_sft(base, chosen, config.template, config.sft)  # M-step, from the base
             challenger = assess(

@@ -47,7 +47,7 @@ def run_job(
         job_file, outcome_file = Path(name) / "job.json", Path(name) / "outcome.json"
         job_file.write_text(job.model_dump_json())
         arguments = [*_launcher(_optimization(job)), "-m", "models.worker", str(job_file), str(outcome_file)]
-        child = Child(arguments, environment=_environment(job, threads), on_line=on_line)
+        child = Child(arguments, environment=_environment(job, name, threads), on_line=on_line)
         try:
             status = child.wait()
         finally:
@@ -119,8 +119,8 @@ def _launcher(settings: Optimization) -> list[str]:
     return ["-m", "accelerate.commands.launch", "--config_file", str(file)]
 
 
-def _environment(job: SFTJob | PreferenceJob | TinyJob, threads: int | None) -> dict[str, str]:
-    more = {"TQDM_DISABLE": "1"}
+def _environment(job: SFTJob | PreferenceJob | TinyJob, scratch: str, threads: int | None) -> dict[str, str]:
+    more = {"TQDM_DISABLE": "1", "TMPDIR": scratch}  # datasets leaves temporary files behind in a child that is killed
     if threads is not None:
         more["OMP_NUM_THREADS"] = str(threads)
     if "wandb" in _optimization(job).report_to:

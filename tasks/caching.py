@@ -73,10 +73,13 @@ class Call(NamedTuple):
 class Step(Generic[P, R]):
     """A cached step. Called, it runs as a Prefect task where a flow runs; `.fn` is the bare function."""
 
-    def __init__(self, fn: Callable[P, R], version: str, rows: "Callable[P, int | None] | None") -> None:
+    def __init__(
+        self, fn: Callable[P, R], version: str, rows: Callable[P, int | None] | None, assumed: R | None
+    ) -> None:
         functools.update_wrapper(self, fn)
         self.fn = fn
         self._rows = rows
+        self._assumed = assumed
         self.name = fn.__name__
         self.version = version
         self._signature = inspect.signature(fn)
@@ -93,7 +96,7 @@ class Step(Generic[P, R]):
         def body() -> Outcome:
             return self._run(*args, **kwargs)
 
-        future = start_task(body, name=self.name)
+        future = start_task(body, name=self.name, reads=_references([*args, *kwargs.values()]))
         value: R = future.result()
         return value
 
@@ -131,8 +134,8 @@ class Step(Generic[P, R]):
             return DatasetRef(step=self.name, digest=digest, row_type="planned", rows=rows or 1)  # type: ignore[return-value]
         if returned is ModelRef:
             return ModelRef(name=self.name, digest=digest)  # type: ignore[return-value]
-        planned: R = returned.planned()  # any other type of result says itself what stands for it in a plan
-        return planned
+        assert self._assumed is not None  # a step that returns neither says what a plan is to assume
+        return self._assumed
 
     def _run(self, *args: P.args, **kwargs: P.kwargs) -> Outcome:
         lookup = self.lookup(*args, **kwargs)
@@ -176,17 +179,20 @@ class Step(Generic[P, R]):
         return Outcome(value, False, "")
 
 
-def step(*, version: str, rows: Callable[..., int | None] | None = None) -> Callable[[Callable[P, R]], Step[P, R]]:
+def step(
+    *, version: str, rows: Callable[..., int | None] | None = None, assumed: Any = None
+) -> Callable[[Callable[P, R]], Step[P, R]]:
     """Make a function a cached step.
 
     Args:
         rows: how many rows it will write at most, from its own arguments, for `ratchet plan`.
+        assumed: what the plan assumes that it returns, where that is no reference.
 
     Key: sha256 of step name, version, settings and the content digests of the inputs. Raise the version when equal
     inputs should now give another result. Returned references are checked on each hit; missing or damaged data is a
     miss that says why.
     """
-    return lambda fn: Step(fn, version, rows)
+    return lambda fn: Step(fn, version, rows, assumed)
 
 
 def log_counts(counts: Mapping[str, int]) -> None:
@@ -219,16 +225,18 @@ def start_task(
     *,
     name: str,
     shard: int | None = None,
+    reads: "Sequence[DatasetRef | ModelRef]" = (),
     retry_on: type[Exception] | None = None,
     pool: ThreadPoolExecutor | None = None,
 ) -> "Future[Any]":
     """Run the body as a Prefect task where a flow runs, else in the pool or at once; the future holds its value.
 
     Args:
+        reads: what earlier tasks returned; Prefect draws its arrows from them.
         retry_on: this error is retried with back-off, by Prefect, so that each attempt can be seen.
     """
     if FlowRunContext.get() is not None:
-        return _start_in_prefect(body, name=name, shard=shard, retry_on=retry_on)
+        return _start_in_prefect(body, name=name, shard=shard, reads=reads, retry_on=retry_on)
     if pool is not None:
         return pool.submit(copy_context().run, lambda: body().value)
     done: Future[Any] = Future()
@@ -290,7 +298,12 @@ def _shown(value: object) -> dict[str, Any]:
 
 
 def _start_in_prefect(
-    body: Callable[[], Outcome], *, name: str, shard: int | None, retry_on: type[Exception] | None
+    body: Callable[[], Outcome],
+    *,
+    name: str,
+    shard: int | None,
+    reads: Sequence[DatasetRef | ModelRef],
+    retry_on: type[Exception] | None,
 ) -> "Future[Any]":
     options: dict[str, Any] = {}
     if retry_on is not None:
@@ -307,7 +320,7 @@ def _start_in_prefect(
         persist_result=False,
         **options,
     )
-    return task.submit(quote(body))  # type: ignore[no-any-return]  # a PrefectFuture has the same result()
+    return task.submit(quote(body), list(reads))  # type: ignore[no-any-return]  # a PrefectFuture has the same result()
 
 
 def _retry_condition(retry_on: type[Exception]) -> Callable[[Any, Any, Any], bool]:
@@ -317,7 +330,7 @@ def _retry_condition(retry_on: type[Exception]) -> Callable[[Any, Any, Any], boo
     return is_transient
 
 
-def _run_in_task(body: Callable[[], Outcome]) -> Any:
+def _run_in_task(body: Callable[[], Outcome], reads: list[DatasetRef | ModelRef]) -> Any:
     try:
         outcome = body()
     except Exception:

@@ -88,7 +88,7 @@ def evaluate_answers(scored: tuple[DatasetRef, ...], strategies: tuple[tuple[str
     return evaluated
 
 
-@step(version="1")
+@step(version="1", assumed=Decision(True, "not decided yet", 0.0, 0.0, 0.0, 1.0, 0))
 def decide_promotion(challenger: DatasetRef, incumbent: DatasetRef, gate: Gate) -> Decision:
     """Whether the challenger replaces the incumbent, by a paired test on the dev split."""
     return decide(list(read_rows(challenger, EvaluatedPrompt)), list(read_rows(incumbent, EvaluatedPrompt)), gate)

@@ -162,12 +162,6 @@ def pass_at_k(rollouts: int, correct: int, k: int) -> float:
     return 1.0 - comb(rollouts - correct, k) / comb(rollouts, k)
 
 
-def maj_at_k(rows: Sequence[ScoredRollout]) -> float:
-    """Reward of the majority answer of these k rollouts; 0.0 where nobody votes."""
-    winner = majority(rows)
-    return 0.0 if winner is None else winner.reward or 0.0
-
-
 def majority(rows: Sequence[ScoredRollout]) -> ScoredRollout | None:
     """The first rollout with the answer most of them give; on a tie, the answer seen first. `None`: nobody votes.
 
@@ -242,7 +236,7 @@ def mcnemar_p(gained: int, lost: int) -> float:
         gained, lost: prompts only the candidate, only the incumbent, answers correctly.
     """
     n = gained + lost
-    return sum(comb(n, wins) for wins in range(gained, n + 1)) / 2**n
+    return sum(comb(n, wins) for wins in range(gained, n + 1)) / (1 << n)
 
 
 def _picked(rows: Sequence[ScoredRollout], strategy: Strategy) -> ScoredRollout | None:

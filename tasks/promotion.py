@@ -1,4 +1,4 @@
-"""The gate: does the candidate replace the incumbent? Decided by a paired test on a dev split, never on the test split."""
+"""The gate: does the candidate replace the incumbent? Decided by a paired test on a dev split, never on test."""
 
 from collections.abc import Sequence
 from typing import Literal, NamedTuple

@@ -20,4 +20,4 @@ def first_template(template: PromptTemplate, few_shot: FewShot | None, train: So
     if few_shot is None:
         return FirstTemplate(template, ())
     examples = draw_examples(list(demonstrations_of(train, marker)), few_shot)
-    return FirstTemplate(few_shot_template(template, examples), tuple(row.prompt_id for row in examples))
+    return FirstTemplate(few_shot_template(template, examples, few_shot), tuple(row.prompt_id for row in examples))

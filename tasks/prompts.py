@@ -57,7 +57,8 @@ def few_shot_template(template: PromptTemplate, examples: Sequence[Demonstration
     A `$` in an example becomes `$$`. Calculator annotations are taken out of the completions (METHODS 1.3.4).
 
     Raises:
-        ValueError: the template ends in a space, where a tokenizer would cut differently (METHODS 2.6.13).
+        ValueError: the template ends in a space, where a tokenizer would cut differently (METHODS 2.6.13), or holds a
+            `$name` other than `$prompt`.
     """
     if template.user[-1] in " \t":
         raise ValueError(
@@ -100,13 +101,19 @@ def overlap(training: Iterable[str], held_out: Mapping[str, str], n: int = NGRAM
 
 def _split_at_prompt(user: str) -> tuple[list[str], str]:
     found = _PROMPT.search(user)
-    assert found is not None  # PromptTemplate refuses a template without it
+    if found is None:
+        raise ValueError(f"the user template holds $$prompt, the text, but no $prompt: {user!r}; write one $")
     above, gap, _ = user[: found.start()].rpartition("\n\n")
     return ([above] if above.strip() else []), user[len(above) + len(gap) :]
 
 
 def _worked(ask: str, example: Demonstration) -> str:
-    asked = Template(ask).substitute(prompt=example.prompt.strip())
+    try:
+        asked = Template(ask).substitute(prompt=example.prompt.strip())
+    except KeyError as error:
+        raise ValueError(
+            f"the user template holds ${error.args[0]}; only $prompt is filled in, $$ is a dollar"
+        ) from error
     gap = "" if asked.endswith("\n") else "\n"
     return _escaped(f"{asked}{gap}{without_annotations(example.completion).strip()}")
 

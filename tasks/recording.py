@@ -152,5 +152,17 @@ def record_step(
         detail=detail,
         at=now(),
     )
+    log.info("%s", line_of(record))
     announce(record)
     return record
+
+
+def line_of(record: StepRecord) -> str:
+    """One step in one line: rows in and out by reason, and how long it took."""
+    name = record.step if record.shard is None else f"{record.step} shard {record.shard}"
+    if record.state == "failed":
+        return f"{name} FAILED after {record.seconds:.1f} s: {record.detail}"
+    rows = "" if record.rows is None else f" {record.rows:,} rows"
+    how = " cached" if record.cached else f" {record.seconds:.1f} s"
+    counts = ", ".join(f"{what.replace('_', ' ')} {count:,}" for what, count in record.counts.items())
+    return f"{name}:{rows}{how}{f' ({counts})' if counts else ''}"

@@ -143,7 +143,7 @@ def _samples(record: IterationRecord) -> Iterator[Sample]:
 
 
 def _accuracy_plot(iterations: Sequence[IterationRecord]) -> Any:
-    figure, axes = _figure()
+    figure, (axes,) = _figure(columns=1)
     labels = [record.label for record in iterations]
     for strategy in strategies(iterations):
         known = [(n, record.metrics[strategy]) for n, record in enumerate(iterations) if strategy in record.metrics]
@@ -153,20 +153,25 @@ def _accuracy_plot(iterations: Sequence[IterationRecord]) -> Any:
         axes.errorbar([n for n, _ in known], values, yerr=[below, above], marker="o", capsize=3, label=strategy)
     axes.set_xticks(range(len(labels)), labels)
     axes.set_ylabel("accuracy, %")
-    return _svg(figure, axes)
+    axes.legend(frameon=False, fontsize=9, loc="center left", bbox_to_anchor=(1.0, 0.5))
+    return _svg(figure)
 
 
 def _loss_plot(iterations: Sequence[IterationRecord]) -> Any:
-    figure, axes = _figure()
-    drawn = False
-    for record in iterations:
-        points = [(row.optimizer_step, row.value) for row in _training_metrics(record) if row.name == "loss"]
-        if points:
-            drawn = True
-            axes.plot(*zip(*points, strict=True), label=record.label)
-    axes.set_xlabel("optimizer step")
-    axes.set_ylabel("training loss")
-    return _svg(figure, axes) if drawn else ""
+    curves = {
+        record.label: [(row.optimizer_step, row.value) for row in _training_metrics(record) if row.name == "loss"]
+        for record in iterations
+    }
+    drawn = {label: points for label, points in curves.items() if points}
+    if not drawn:
+        return ""
+    figure, all_axes = _figure(columns=len(drawn))
+    for (label, points), axes in zip(drawn.items(), all_axes, strict=True):  # the scales have nothing in common
+        axes.plot(*zip(*points, strict=True))
+        axes.set_title(label, fontsize=10)
+        axes.set_xlabel("optimizer step")
+    all_axes[0].set_ylabel("training loss")
+    return _svg(figure)
 
 
 def _training_metrics(record: IterationRecord) -> list[TrainingMetric]:
@@ -180,7 +185,7 @@ def _training_metrics(record: IterationRecord) -> list[TrainingMetric]:
         return []
 
 
-def _figure() -> Any:
+def _figure(*, columns: int) -> Any:
     import matplotlib
 
     matplotlib.use("Agg")
@@ -189,15 +194,15 @@ def _figure() -> Any:
     grey = "#80868b"  # readable on light and dark
     plt.rcParams.update({name: grey for name in ("text.color", "axes.labelcolor", "xtick.color", "ytick.color")})
     plt.rcParams.update({"axes.edgecolor": grey, "svg.hashsalt": "ratchet", "font.size": 10})
-    return plt.subplots(figsize=(8, 3.6))
+    plt.rcParams.update({"axes.spines.top": False, "axes.spines.right": False})
+    figure, axes = plt.subplots(1, columns, figsize=(10, 3.6 if columns == 1 else 2.4), squeeze=False)
+    return figure, axes[0]
 
 
-def _svg(figure: Any, axes: Any) -> Any:
+def _svg(figure: Any) -> Any:
     import matplotlib.pyplot as plt
     from markupsafe import Markup
 
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False, fontsize=9)
     text = io.StringIO()
     figure.savefig(text, format="svg", transparent=True, bbox_inches="tight", metadata={"Date": None})
     plt.close(figure)

@@ -163,7 +163,12 @@ def _run_shards(
     with ThreadPoolExecutor(max_workers=SHARDS_AT_ONCE) as pool:
         futures = [
             start_task(
-                _shard_body(job, shard), name="sample_rollouts", shard=shard.number, retry_on=EngineError, pool=pool
+                _shard_body(job, shard),
+                name="sample_rollouts",
+                shard=shard.number,
+                reads=[prompts, policy],
+                retry_on=EngineError,
+                pool=pool,
             )
             for shard in shards
         ]

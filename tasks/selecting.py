@@ -16,14 +16,14 @@ class NothingKept(RuntimeError):
     """No rollout was good enough to train on."""
 
 
-@step(version="1", rows=lambda scored, selection, iteration: selection.target_rows or scored.rows)
-def select_demonstrations(scored: DatasetRef, selection: Selection, iteration: int) -> DatasetRef:
+@step(version="1", rows=lambda scored, selection, iteration, marker: selection.target_rows or scored.rows)
+def select_demonstrations(scored: DatasetRef, selection: Selection, iteration: int, marker: str) -> DatasetRef:
     """Keep the rewarded rollouts, de-duplicated and capped per prompt; every drop is counted by reason.
 
     Raises:
         NothingKept: there is nothing to train on; counts the reasons and quotes the first completions.
     """
-    selected = rules.select_demonstrations(read_rows(scored, ScoredRollout), selection, iteration)
+    selected = rules.select_demonstrations(read_rows(scored, ScoredRollout), selection, iteration, marker=marker)
     if not selected.demonstrations:
         raise NothingKept(_nothing_kept(scored))
     log_counts({**selected.counts, **+selected.drops})

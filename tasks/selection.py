@@ -29,7 +29,7 @@ class Selection(Settings):
 
 
 class Selected(NamedTuple):
-    """`counts`: rows left after each stage, in order. `drops`: the others by reason; both add up to "sampled"."""
+    """`counts`: rows left after each stage, in order. `drops`: rows by reason; with "kept" they add up to "sampled"."""
 
     demonstrations: list[Demonstration]
     counts: dict[str, int]
@@ -41,12 +41,12 @@ def select_demonstrations(
 ) -> Selected:
     """Demonstrations ordered by (prompt_id, rollout_index), whatever the order of the rows.
 
-    Args:
-        marker: what the final answer stands after; None: completions have none, and are not trimmed.
-
     Rows are streamed; only those worth keeping are held in memory. Truncated and empty completions are never kept, not
     even in the unfiltered control, which else would compare lengths. "answered" counts what the scorer could decide;
     both it and "correct" count the unfiltered control's rows too, which do not depend on them.
+
+    Args:
+        marker: what the final answer stands after; None: completions have none, and are not trimmed.
     """
     counts = dict.fromkeys(("sampled", "answered", "correct", "after_deduplication", "after_cap", "kept"), 0)
     drops: Counter[str] = Counter()

@@ -1,0 +1,66 @@
+"""Tiny builders of rows: only what a test is about is spelt out."""
+
+from storage.rows import Demonstration, EvaluatedPrompt, Rollout, ScoredRollout
+
+
+def scored(
+    index: int = 0,
+    reward: float | None = 1.0,
+    *,
+    prompt_id: str = "p",
+    completion: str | None = None,
+    answer: str | None = None,
+    finish_reason: str = "stop",
+    logprob: float | None = None,
+) -> ScoredRollout:
+    """A scored rollout; its text is its own unless told."""
+    return ScoredRollout(
+        prompt_id=prompt_id,
+        rollout_index=index,
+        prompt=f"prompt {prompt_id}",
+        completion=f"completion {index}" if completion is None else completion,
+        completion_tokens=5,
+        finish_reason=finish_reason,
+        cumulative_logprob=logprob,
+        policy="fake:tests",
+        answer=answer,
+        reward=reward,
+        reason={1.0: "match", None: "no final answer"}.get(reward, "mismatch"),
+        scorer="tests@1",
+    )
+
+
+def rollout(index: int = 0, completion: str = "mine", prompt_id: str = "p", finish_reason: str = "stop") -> Rollout:
+    """A rollout nobody has scored."""
+    return Rollout(
+        prompt_id=prompt_id,
+        rollout_index=index,
+        prompt=f"prompt {prompt_id}",
+        completion=completion,
+        prompt_tokens=2,
+        completion_tokens=5,
+        finish_reason=finish_reason,
+        cumulative_logprob=None,
+        seed=0,
+        policy="fake:tests",
+    )
+
+
+def demonstration(prompt_id: str = "p", completion: str = "human", prompt: str | None = None) -> Demonstration:
+    """A human demonstration."""
+    return Demonstration(
+        prompt_id=prompt_id,
+        rollout_index=None,
+        iteration=0,
+        prompt=f"prompt {prompt_id}" if prompt is None else prompt,
+        completion=completion,
+        reward=None,
+        source="tests",
+    )
+
+
+def evaluated(prompt_id: str, value: float, strategy: str = "mean@1") -> EvaluatedPrompt:
+    """What a strategy scored on one prompt."""
+    return EvaluatedPrompt(
+        prompt_id=prompt_id, strategy=strategy, value=value, rollouts=4, k=1, undecided=0, answer=None
+    )

@@ -1,0 +1,73 @@
+"""The gate: what is promoted, and what its sentence says."""
+
+from typing import Literal
+
+import pytest
+
+from storage.rows import EvaluatedPrompt
+from tasks.promotion import Gate, decide
+from tests.tasks.builders import evaluated
+
+
+def policy(*values: float) -> list[EvaluatedPrompt]:
+    return [evaluated(f"p{n}", value) for n, value in enumerate(values)]
+
+
+WEAK, STRONG = policy(*[0.0] * 10), policy(*[1.0] * 5, *[0.0] * 5)  # five gains, no loss: p = 1/32
+SLIGHTLY = policy(1.0, *[0.0] * 9)  # one gain: p = 1/2
+
+
+@pytest.mark.parametrize(
+    ("promote", "candidate", "incumbent", "promoted"),
+    [
+        pytest.param("better", STRONG, WEAK, True, id="better: five gains"),
+        pytest.param("better", SLIGHTLY, WEAK, False, id="better: one gain may be chance"),
+        pytest.param("better", WEAK, STRONG, False, id="better: a loss"),
+        pytest.param("better", STRONG, STRONG, False, id="better: no difference"),
+        pytest.param("not_worse", STRONG, STRONG, True, id="not worse: no difference"),
+        pytest.param("not_worse", WEAK, SLIGHTLY, False, id="not worse: ten points lost"),
+        pytest.param("always", WEAK, STRONG, True, id="always"),
+    ],
+)
+def test_gate(
+    promote: Literal["better", "not_worse", "always"],
+    candidate: list[EvaluatedPrompt],
+    incumbent: list[EvaluatedPrompt],
+    promoted: bool,
+) -> None:
+    assert decide(candidate, incumbent, Gate(promote=promote)).promoted is promoted
+
+
+def test_drop_of_just_what_is_allowed_passes() -> None:
+    # 100 prompts at 0.5 against 0.49: a drop of one point, the default maximum
+    assert decide(policy(*[0.49] * 100), policy(*[0.5] * 100), Gate(promote="not_worse")).promoted
+
+
+def test_sentence_can_stand_in_a_report() -> None:
+    decision = decide(STRONG, WEAK, Gate())
+    assert decision.reason.startswith(
+        "Promoted: mean@1 went from 0.0 % to 50.0 % on the same 10 prompts, +50.0 points (95 % "
+    )
+    assert decision.reason.endswith("one-sided p = 0.031); p below 0.05 and a rise are asked for.")
+    assert (decision.difference, decision.p_value, decision.n) == (0.5, 1 / 32, 10)
+    assert decide(SLIGHTLY, WEAK, Gate()).reason.startswith("Not promoted: mean@1 went from 0.0 % to 10.0 %")
+
+
+def test_prompts_are_joined_by_id_and_never_by_position() -> None:
+    assert decide(STRONG[::-1], WEAK, Gate()) == decide(STRONG, WEAK, Gate())
+
+
+def test_other_strategies_are_left_out() -> None:
+    greedy = [evaluated(row.prompt_id, 1.0, "greedy") for row in WEAK]
+    assert decide([*STRONG, *greedy], WEAK, Gate()) == decide(STRONG, WEAK, Gate())
+
+
+def test_different_prompts_are_refused() -> None:
+    with pytest.raises(ValueError, match="the candidate has 9 and the incumbent 10, of which 9 are shared"):
+        decide(STRONG[:9], WEAK, Gate())
+
+
+@pytest.mark.parametrize("rows", [[], [*STRONG, STRONG[0]], [evaluated("p0", 1.0, "greedy")]])
+def test_missing_strategy_or_repeated_prompt_is_refused(rows: list[EvaluatedPrompt]) -> None:
+    with pytest.raises(ValueError, match=r"one 'mean@1' row a prompt of the candidate; found"):
+        decide(rows, WEAK, Gate())
