@@ -1,14 +1,13 @@
 """ReST-EM: alternate sampling and retraining (Singh et al. 2023, arXiv:2312.06585; seed 0, experiment 1).
 
 Where we differ. Every M-step starts from the base, as in the paper (the seed does not say). A gate on a dev split
-decides whether a new policy is sampled next; the paper always goes on. As in the seed, a last stage trains the policy by DPO on
-its own correct and incorrect rollouts; the broken DPO of the seed's code (METHODS 2.6) is not repeated.
+decides whether a new policy is sampled next; the paper always goes on. As in the seed, a last stage trains the policy
+by DPO on its own correct and incorrect rollouts; the broken DPO of the seed's code (METHODS 2.6) is not repeated.
 """
 
 from typing import Annotated, Literal
 
 from prefect import flow
-from prefect.task_runners import ThreadPoolTaskRunner
 from pydantic import Discriminator, Field, Tag, model_validator
 
 from models.specs import (
@@ -33,7 +32,7 @@ from tasks.prompting import first_template
 from tasks.prompts import FewShot
 from tasks.recording import each_iteration, experiment_run, iteration
 from tasks.reporting import publish_report
-from tasks.sampling import SHARDS_AT_ONCE, sample_rollouts
+from tasks.sampling import sample_rollouts, shard_threads
 from tasks.scoring import score_answers
 from tasks.selecting import select_demonstrations
 from tasks.selection import Selection
@@ -116,7 +115,7 @@ class RestEM(Settings):
         return self.selection.model_copy(update={"target_rows": self.target_rows[iteration - 1]})
 
 
-@flow(name="rest-em", flow_run_name="{config.experiment}", task_runner=ThreadPoolTaskRunner(max_workers=SHARDS_AT_ONCE))
+@flow(name="rest-em", flow_run_name="{config.experiment}", task_runner=shard_threads())
 def rest_em(config: RestEM) -> ModelRef:
     """Alternate sampling and retraining; every M-step starts from the base model. Returns the policy that stands."""
     with experiment_run(config.experiment, config.model_dump(mode="json")) as experiment:

@@ -1,10 +1,11 @@
 """Child processes that cannot outlive us: engines and trainers each get one, so that ending it frees the accelerator.
 
 The child's standard input is its lifeline: the kernel closes our end however we die, and a child that reads the end of
-its input exits (`watch_lifeline`). PR_SET_PDEATHSIG would not do: it fires when the *thread* that started the child ends,
-and steps run in threads that come and go.
+its input exits (`watch_lifeline`). PR_SET_PDEATHSIG would not do: it fires when the *thread* that started the child
+ends, and steps run in threads that come and go.
 """
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -80,10 +81,8 @@ class Child:
     def end(self, *, patience_seconds: float = 10.0) -> None:
         """Close the lifeline, wait, and kill the group if it is still there."""
         if self.process.stdin and not self.process.stdin.closed:
-            try:
+            with contextlib.suppress(BrokenPipeError):  # it may have gone already
                 self.process.stdin.close()
-            except BrokenPipeError:
-                pass  # it has gone already
         try:
             self.process.wait(timeout=patience_seconds)
         except subprocess.TimeoutExpired:
@@ -92,10 +91,8 @@ class Child:
 
     def kill(self) -> None:
         """End the child and what it started, at once."""
-        try:
+        with contextlib.suppress(ProcessLookupError):
             os.killpg(self.process.pid, signal.SIGKILL)
-        except ProcessLookupError:
-            pass
         self.process.wait()
 
     def tail(self, lines: int = 15) -> str:
@@ -111,7 +108,7 @@ class Child:
 
 
 def watch_lifeline() -> None:
-    """In a child that does not read its standard input otherwise: exit when it ends, that is, when the parent is gone."""
+    """In a child that does not read its standard input otherwise: exit when that ends, because the parent is gone."""
 
     def watch() -> None:
         while os.read(0, 4096):

@@ -112,8 +112,8 @@ def _row_faults(read: Read, marker: str, owners: dict[str, str]) -> Iterator[str
             return
         if read.apart and owners.setdefault(prompt.prompt, read.name) != read.name:
             yield (
-                f"{read.name}: the prompt {prompt.prompt[:80]!r} also stands in {owners[prompt.prompt]}, so the figures "
-                "would be of prompts that were trained on or chosen by; take other rows"
+                f"{read.name}: the prompt {prompt.prompt[:80]!r} also stands in {owners[prompt.prompt]}, so the "
+                "figures would be of prompts that were trained on or chosen by; take other rows"
             )
             return
     if not count:

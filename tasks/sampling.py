@@ -11,7 +11,10 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from itertools import islice
-from typing import TypeVar
+from typing import Any, TypeVar
+
+from prefect.futures import PrefectFuture
+from prefect.task_runners import TaskRunner, ThreadPoolTaskRunner
 
 from models.chat import messages_of
 from models.engine import Completion, EngineError, Request
@@ -30,6 +33,12 @@ T = TypeVar("T")
 
 class ShardsFailed(RuntimeError):
     """Some shards failed and the others are done; running again does only those."""
+
+
+def shard_threads() -> TaskRunner[PrefectFuture[Any]]:
+    """The task runner of a flow that samples: a thread a shard, so many at once."""
+    runner: Any = ThreadPoolTaskRunner(max_workers=SHARDS_AT_ONCE)  # its futures are of a narrower class
+    return runner  # type: ignore[no-any-return]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
