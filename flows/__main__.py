@@ -8,10 +8,12 @@ import importlib
 import json
 import logging
 import os
+import shlex
 import signal
 import sys
 import warnings
 from collections.abc import Iterator
+from datetime import UTC, datetime
 from pathlib import Path
 from types import FrameType
 from typing import Annotated, Any, NoReturn
@@ -73,18 +75,18 @@ def run(
     from tasks.recording import listening
     from tasks.serving import close_engines, stopping
 
+    stopping.clear()
+    again = _command(preset, set_, home_)
     experiment = Experiment(recipe.config.experiment)
     with _stopping_at_signals(), Lines(err) as lines, listening(lines):
         try:
             _run_flow(recipe, plainly=no_prefect_server)
         except KeyboardInterrupt:
-            stopping.set()
-            err.print(
-                f"\nStopped. Nothing that was finished is lost; go on with:\n  ratchet run {preset}", style="bold"
-            )
+            told = f"\nStopped. Nothing that was finished is lost; go on with:\n  {again}"
+            err.print(told, style="bold", markup=False)
             raise typer.Exit(130) from None
         except ServerError as error:
-            _fail(f"{error}\nGo on without it: ratchet run {preset} --no-prefect-server", 1)
+            _fail(f"{error}\nGo on without it: {again} --no-prefect-server", 1)
         except Exception as error:  # the one place that turns a failed run into a message and an exit code
             logging.getLogger("ratchet").debug("the run failed", exc_info=True)
             _fail(f"The run failed: {error}\nWhat is done is kept; run the same command again to go on.", 1)
@@ -220,12 +222,13 @@ def _run_flow(recipe: Recipe, *, plainly: bool) -> None:
     else:
         with private_server() as address:
             err.print(f"Prefect UI: {address}")
+            started = datetime.now(UTC)
             try:
                 recipe.flow(recipe.config)
             finally:
                 from tasks.observing import settle
 
-                settle()
+                settle(started)
 
 
 def _checked(path: Path, overrides: list[str] | None) -> Recipe:
@@ -248,6 +251,12 @@ def _experiment(name: str) -> Experiment:
     return Experiment(name)
 
 
+def _command(preset: Path, overrides: list[str] | None, folder: str | None) -> str:
+    """The command line that continues this run."""
+    options = [part for override in overrides or () for part in ("--set", override)]
+    return shlex.join(["ratchet", "run", str(preset), *options, *(["--home", folder] if folder else [])])
+
+
 def _use_home(folder: str | None) -> None:
     if folder is not None:
         os.environ["RATCHET_HOME"] = folder
@@ -255,16 +264,19 @@ def _use_home(folder: str | None) -> None:
 
 @contextlib.contextmanager
 def _stopping_at_signals() -> Iterator[None]:
-    """SIGTERM ends a run as Ctrl-C does."""
+    """Ctrl-C ends a run within seconds, whatever its shards and trainings are at, and SIGTERM does as Ctrl-C."""
+    from tasks.serving import stop
 
     def interrupt(_number: int, _frame: FrameType | None) -> None:
+        stop()
         raise KeyboardInterrupt
 
-    before = signal.signal(signal.SIGTERM, interrupt)
+    before = {number: signal.signal(number, interrupt) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _print_json(value: Any) -> None:

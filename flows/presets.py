@@ -67,7 +67,10 @@ class Preset:
                 raise PresetError(
                     f"--set {override!r}: {parent!r} of {name!r} is a value in {self.path}, not a section"
                 )
-        place[last] = _scalar(text)
+        try:
+            place[last] = _scalar(text)
+        except yaml.YAMLError as error:
+            raise PresetError(f"--set {override!r}: {text!r} is no YAML: {' '.join(str(error).split())}") from error
 
     def _fault(self, fault: dict[str, Any], config_class: type[BaseModel]) -> str:
         location = _in_the_file(fault["loc"])

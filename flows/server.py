@@ -30,7 +30,7 @@ def configure_prefect() -> None:
     """Set, before Prefect is imported, what our processes want of it; what the user has set stays."""
     folder = prefect_folder()
     for name, value in {
-        "PREFECT_HOME": str(folder),
+        "PREFECT_HOME": str(folder / "home"),  # Prefect makes it when imported, if the folder it lies in is there
         "PREFECT_PROFILES_PATH": str(folder / "profiles.toml"),
         "PREFECT_LOCAL_STORAGE_PATH": str(folder / "storage"),  # 3.7.7 ignores PREFECT_HOME for these three
         "PREFECT_SERVER_MEMO_STORE_PATH": str(folder / "memo_store.toml"),
@@ -74,6 +74,7 @@ def private_server() -> Iterator[str]:
             PREFECT_API_URL=f"{address}/api",
         ),
         on_line=lambda line: log.debug("prefect: %s", line),
+        works=False,  # it has yet to record how a stopped run ended
     )
     try:
         _wait_until_it_answers(child, f"{address}/api/health")

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import IO
 
 KEPT_LINES = 60  # of a child's last output, for the error message when it dies
+_working: "list[Child]" = []  # those that are killed when the run is stopped
 
 
 def environment(*, offline: bool, **more: str) -> dict[str, str]:
@@ -47,6 +48,7 @@ class Child:
         arguments: after `python`, for instance ["-m", "models.worker", "job.json"].
         on_line: called in a thread of its own with each line the child prints.
         talks: True: standard input and output carry a protocol of the caller's, only standard error is read as lines.
+        works: False: it is not killed when the run is stopped, for it is still needed then.
     """
 
     def __init__(
@@ -56,6 +58,7 @@ class Child:
         environment: dict[str, str],
         on_line: Callable[[str], None],
         talks: bool = False,
+        works: bool = True,
     ) -> None:
         self.last_lines: deque[str] = deque(maxlen=KEPT_LINES)
         self._on_line = on_line
@@ -67,6 +70,8 @@ class Child:
             env=environment,
             start_new_session=True,  # Ctrl-C is ours to pass on, and the whole group can be ended at once
         )
+        if works:
+            _working.append(self)
         lines = self.process.stderr if talks else self.process.stdout
         assert lines is not None
         self._reader = threading.Thread(target=self._read_lines, args=(lines,), daemon=True)
@@ -80,6 +85,8 @@ class Child:
 
     def end(self, *, patience_seconds: float = 10.0) -> None:
         """Close the lifeline, wait, and kill the group if it is still there."""
+        with contextlib.suppress(ValueError):  # ended before
+            _working.remove(self)
         if self.process.stdin and not self.process.stdin.closed:
             with contextlib.suppress(BrokenPipeError):  # it may have gone already
                 self.process.stdin.close()
@@ -105,6 +112,14 @@ class Child:
             if line:
                 self.last_lines.append(line)
                 self._on_line(line)
+
+
+def kill_working_children() -> None:
+    """Kill the engines and trainings at work; the calls that wait for them fail. Takes no lock, for signal handlers."""
+    for child in list(_working):
+        if child.process.poll() is None:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(child.process.pid, signal.SIGKILL)
 
 
 def watch_lifeline() -> None:

@@ -153,7 +153,7 @@ class LoRA(Settings):
 class Optimization(Settings):
     """What SFT and preference training share. The global batch is declared, accumulation is derived from it."""
 
-    not_in_key = frozenset({"per_device_batch_size", "report_to", "save_steps", "accelerate_config"})
+    not_in_key = frozenset({"per_device_batch_size", "report_to", "save_steps", "accelerate_config", "threads"})
 
     learning_rate: float = Field(gt=0)
     global_batch_size: int = Field(ge=1)  # rows per optimizer step, over all devices
@@ -173,6 +173,7 @@ class Optimization(Settings):
     seed: int = Field(default=42, ge=0)
     save_steps: int = Field(default=200, ge=1)  # a checkpoint to resume from, every so many optimizer steps
     report_to: tuple[Literal["trackio", "tensorboard", "wandb"], ...] = ()
+    threads: int | None = Field(default=None, ge=1)  # CPU threads a process; with 1, equal runs give equal bytes
     accelerate_config: str | None = None  # a file of `accelerate config`; None: one process on this machine
 
 
@@ -214,5 +215,11 @@ class TinyModel(Settings):
     context: int = Field(default=256, ge=32)  # tokens
     whole_numbers: int = Field(default=200, ge=0)  # 0 .. n-1 are single tokens
     training: SFT = SFT(
-        learning_rate=3e-3, global_batch_size=16, max_steps=2000, schedule="trapezoid", adam_beta2=0.98, max_length=256
+        learning_rate=3e-3,
+        global_batch_size=16,
+        max_steps=2000,
+        schedule="trapezoid",
+        adam_beta2=0.98,
+        max_length=256,
+        threads=1,
     )

@@ -31,14 +31,11 @@ class TrainingConfigurationError(TrainingError):
     """A training cannot work with these settings or rows, out-of-memory included; trying again would not help."""
 
 
-def run_job(
-    job: SFTJob | PreferenceJob | TinyJob, on_line: Callable[[str], None], threads: int | None = None
-) -> TrainingOutcome:
+def run_job(job: SFTJob | PreferenceJob | TinyJob, on_line: Callable[[str], None]) -> TrainingOutcome:
     """Run a training in a child process and wait for it.
 
     Args:
         on_line: called, in another thread, with each line the training prints.
-        threads: CPU threads of each process; None: torch's choice.
     Raises:
         TrainingConfigurationError: the settings or the rows are at fault, or memory ran out.
         TrainingError: the child failed otherwise.
@@ -47,7 +44,7 @@ def run_job(
         job_file, outcome_file = Path(name) / "job.json", Path(name) / "outcome.json"
         job_file.write_text(job.model_dump_json())
         arguments = [*_launcher(_optimization(job)), "-m", "models.worker", str(job_file), str(outcome_file)]
-        child = Child(arguments, environment=_environment(job, name, threads), on_line=on_line)
+        child = Child(arguments, environment=_environment(job, name), on_line=on_line)
         try:
             status = child.wait()
         finally:
@@ -119,9 +116,9 @@ def _launcher(settings: Optimization) -> list[str]:
     return ["-m", "accelerate.commands.launch", "--config_file", str(file)]
 
 
-def _environment(job: SFTJob | PreferenceJob | TinyJob, scratch: str, threads: int | None) -> dict[str, str]:
+def _environment(job: SFTJob | PreferenceJob | TinyJob, scratch: str) -> dict[str, str]:
     more = {"TQDM_DISABLE": "1", "TMPDIR": scratch}  # datasets leaves temporary files behind in a child that is killed
-    if threads is not None:
+    if (threads := _optimization(job).threads) is not None:
         more["OMP_NUM_THREADS"] = str(threads)
     if "wandb" in _optimization(job).report_to:
         more["WANDB_DISABLED"] = "false"

@@ -4,6 +4,7 @@
 iterations/<number>.json. Reports and `ratchet status` are computed from these files, never from a session's memory.
 """
 
+import contextlib
 import json
 import os
 from collections.abc import Iterator, Mapping
@@ -11,7 +12,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, ValidationError
 
 from storage.durable import put_file
 from storage.home import home
@@ -45,6 +46,7 @@ class IterationRecord(BaseModel):
 
     model_config = ConfigDict(frozen=True)
 
+    run: str  # that wrote it
     iteration: int  # 0 is the base
     label: str  # "base", "iteration 1", "dpo"
     policy: dict[str, Any]  # a ModelRef
@@ -80,6 +82,7 @@ class Experiment:
         """Note a run's settings and that it is running."""
         (self.folder / "iterations").mkdir(parents=True, exist_ok=True)
         _write(self.folder / "config.json", dict(config))
+        self._end_torn_line()
         state = ExperimentState(state="running", run=run, started_at=now(), pid=os.getpid(), prefect_url=prefect_url)
         _write(self.folder / "state.json", state.model_dump())
 
@@ -118,19 +121,26 @@ class Experiment:
         files = sorted((self.folder / "iterations").glob("[0-9]*.json"))
         return [IterationRecord.model_validate_json(file.read_text()) for file in files]
 
-    def forget_iterations_after(self, last: int) -> None:
-        """Remove records of iterations that the present settings no longer have."""
+    def forget_other_iterations(self, run: str) -> None:
+        """Remove the records that a finished run did not write: its settings have no such iteration any more."""
         for record in self.iterations():
-            if record.iteration > last:
+            if record.run != run:
                 (self.folder / "iterations" / f"{record.iteration:03}.json").unlink()
 
     def _read_steps(self) -> Iterator[StepRecord]:
         file = self.folder / "steps.jsonl"
         if not file.exists():
             return
-        for line in file.read_text().splitlines():
-            if line.endswith("}"):
+        for line in file.read_text(errors="replace").splitlines():
+            with contextlib.suppress(ValidationError):
                 yield StepRecord.model_validate_json(line)
+
+    def _end_torn_line(self) -> None:
+        """Have what is appended next stand on a line of its own, even if a kill tore the last one."""
+        file = self.folder / "steps.jsonl"
+        if file.exists() and not file.read_bytes().endswith(b"\n"):
+            with file.open("a") as lines:
+                lines.write("\n")
 
 
 def experiments() -> list[Experiment]:

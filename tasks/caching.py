@@ -31,7 +31,7 @@ from storage.hub import Source, source_key
 from storage.locks import exclusive
 from tasks.planning import PlannedStep, current_plan
 from tasks.recording import current_iteration, record_step
-from tasks.serving import stopping
+from tasks.serving import raise_if_stopping, stopping
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -158,7 +158,9 @@ class Step(Generic[P, R]):
         try:
             value = self.fn(*args, **kwargs)
         except BaseException as error:
-            record_step(self.name, failed=True, key=lookup.key, seconds=time.monotonic() - started, detail=str(error))
+            if not stopping.is_set():  # else it is no fault of the step
+                seconds = time.monotonic() - started
+                record_step(self.name, failed=True, key=lookup.key, seconds=seconds, detail=str(error))
             raise
         finally:
             _CALL.reset(token)
@@ -273,7 +275,8 @@ def what_is_wrong(value: object) -> str | None:
             damage = datasets.what_is_wrong(reference, deep=True)  # else a flipped byte would stay a hit
         else:
             digests = [digest for digest in (reference.digest, reference.adapter) if digest and not reference.path]
-            damage = next(filter(None, map(checkpoints.what_is_wrong_with_checkpoint, digests)), None)
+            told = (checkpoints.what_is_wrong_with_checkpoint(digest, deep=True) for digest in digests)
+            damage = next(filter(None, told), None)
         if damage:
             return damage
     return None
@@ -335,6 +338,7 @@ def _run_in_task(body: Callable[[], Outcome], reads: list[DatasetRef | ModelRef]
     try:
         outcome = body()
     except Exception:
+        raise_if_stopping()
         log.error("%s", traceback.format_exc())
         raise
     if outcome.cached:

@@ -5,12 +5,14 @@ import logging
 import os
 import time
 import urllib.request
+from datetime import datetime
 from typing import Any
 
 from prefect.artifacts import create_markdown_artifact, create_table_artifact
 from prefect.context import FlowRunContext
 
 from storage.experiments import IterationRecord
+from tasks.serving import stopping
 
 log = logging.getLogger("ratchet")
 
@@ -45,22 +47,28 @@ def publish_markdown(experiment: str, markdown: str) -> None:
         create_markdown_artifact(markdown, key=_artifact_key(f"{experiment}-report"))
 
 
-def settle() -> None:
-    """Wait until the server has recorded the end of every task run; stopped at once, it would lose the last ones."""
+def settle(since: datetime) -> None:
+    """Wait until the server has recorded the end of every task run of the flow runs begun since.
+
+    Stopped at once, it would lose the last ones. Those of a run that was stopped may never end, and are not waited for.
+    """
     from prefect.events.worker import EventsWorker
     from prefect.logging.handlers import APILogWorker
 
     EventsWorker.drain_all(timeout=SETTLE_SECONDS)
     APILogWorker.drain_all(timeout=SETTLE_SECONDS)
     deadline = time.monotonic() + SETTLE_SECONDS
-    while (left := _unfinished_task_runs()) and time.monotonic() < deadline:
+    while (left := _unfinished_task_runs(since)) and time.monotonic() < deadline and not stopping.is_set():
         time.sleep(0.3)
-    if left:
+    if left and not stopping.is_set():
         log.warning("Prefect has not recorded the end of %d task runs; the store has, and nothing is lost", left)
 
 
-def _unfinished_task_runs() -> int:
-    body = {"task_runs": {"state": {"type": {"any_": list(UNFINISHED)}}}}
+def _unfinished_task_runs(since: datetime) -> int:
+    body = {
+        "flow_runs": {"start_time": {"after_": since.isoformat()}},  # a kill leaves task runs of others unfinished
+        "task_runs": {"state": {"type": {"any_": list(UNFINISHED)}}},
+    }
     url = f"{os.environ['PREFECT_API_URL']}/task_runs/count"
     request = urllib.request.Request(
         url, data=json.dumps(body).encode(), headers={"content-type": "application/json"}, method="POST"

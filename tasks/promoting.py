@@ -17,6 +17,8 @@ NO_STAGE = ("optimizer_steps",)
 
 def begin(experiment: Experiment, base: Contender) -> None:
     """Record the base as iteration 0; it stands until something better does."""
+    if current_plan() is None:
+        experiment.forget_iterations_after(0)  # of an earlier run with other settings; those still wanted come again
     _record(experiment, "base", base, None, {})
 
 
@@ -43,6 +45,7 @@ def _record(
     counts = _counts(experiment, number)
     references = {**made_from, "dev": contender.dev, "test": contender.test}
     record = IterationRecord(
+        run=experiment.state().run,
         iteration=number,
         label=label,
         policy=contender.policy.model_dump(mode="json"),

@@ -15,6 +15,7 @@ from typing import Any
 from storage.experiments import Experiment, StepRecord, now
 from storage.locks import exclusive
 from tasks.planning import current_plan
+from tasks.serving import stop
 
 log = logging.getLogger("ratchet")
 
@@ -73,13 +74,15 @@ def experiment_run(name: str, config: Mapping[str, Any], *, prefect_url: str | N
         token = _RUN.set(run)
         try:
             yield experiment
-        except KeyboardInterrupt:
-            experiment.end("interrupted", "stopped by Ctrl-C")
-            raise
-        except BaseException as error:
+        except Exception as error:
             experiment.end("failed", f"{type(error).__name__}: {error}")
             raise
+        except BaseException:  # Ctrl-C, or Prefect cancels the run: shards and trainings in other threads end too
+            stop()
+            experiment.end("interrupted", "stopped by Ctrl-C or another signal")
+            raise
         else:
+            experiment.forget_other_iterations(run.id)
             experiment.end("finished")
         finally:
             _RUN.reset(token)

@@ -25,7 +25,7 @@ from storage.rows import Prompt, Rollout
 from tasks.caching import Outcome, log_counts, start_task, step
 from tasks.planning import current_plan
 from tasks.recording import Progress, announce, current_iteration, record_step
-from tasks.serving import serve
+from tasks.serving import raise_if_stopping, serve, stopping
 
 SHARDS_AT_ONCE = 8  # threads that feed one engine; its own batch is what limits the work in flight
 T = TypeVar("T")
@@ -204,10 +204,11 @@ def _shard_body(job: Job, shard: Shard) -> Callable[[], Outcome]:
             for _ in _draw(job, shard):
                 drawn += 1
         except Exception as error:
-            seconds = time.monotonic() - started
-            record_step(
-                "sample_rollouts", shard=shard.number, failed=True, rows=drawn, seconds=seconds, detail=str(error)
-            )
+            if not stopping.is_set():  # else it is no fault of the shard
+                seconds = time.monotonic() - started
+                record_step(
+                    "sample_rollouts", shard=shard.number, failed=True, rows=drawn, seconds=seconds, detail=str(error)
+                )
             raise
         record_step(
             "sample_rollouts",
@@ -244,6 +245,7 @@ def _draw(job: Job, shard: Shard) -> Iterator[Rollout]:
             writer.add(rollout)
             job.meter.add(completion)
             yield rollout
+            raise_if_stopping()
 
 
 def _rollout(completion: Completion, prompts: dict[str, Prompt], seed: int, policy: ModelRef) -> Rollout:

@@ -4,7 +4,8 @@ import logging
 import threading
 from pathlib import Path
 
-from models.engine import Engine, EngineConfigurationError, LocalModel, open_engine
+from models.children import kill_working_children
+from models.engine import Engine, LocalModel, open_engine
 from models.specs import EngineSettings, ModelRef
 from storage.checkpoints import checkpoint_path
 
@@ -15,10 +16,25 @@ _lock = threading.Lock()
 stopping = threading.Event()  # set when the command is ending: no engine is started any more
 
 
+class Stopped(RuntimeError):
+    """The run was told to stop; what a step met after that is no fault of its own."""
+
+
+def stop() -> None:
+    """Have everything under way end soon; finished rows are kept. May be called by a signal handler."""
+    stopping.set()
+    kill_working_children()
+
+
+def raise_if_stopping() -> None:
+    """Raise Stopped once the run has been told to stop."""
+    if stopping.is_set():
+        raise Stopped("the run was stopped; run the same command again to go on")
+
+
 def serve(policy: ModelRef, settings: EngineSettings) -> Engine:
     """An engine that serves this policy, warm if one with these settings is open."""
-    if stopping.is_set():
-        raise EngineConfigurationError("the run is stopping; no engine is started any more")
+    raise_if_stopping()
     key = settings.model_dump_json()
     with _lock:
         if key not in _open:

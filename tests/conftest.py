@@ -1,8 +1,22 @@
-"""What every test gets: a home of its own, so that none is served another's rows."""
+"""What every test gets: a home of its own, so that none is served another's rows, and nothing written outside of it."""
 
+import atexit
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
+from flows.server import configure_prefect
+
+# Prefect reads its folders when it is imported: they are set before any test module is.
+SESSION_HOME = Path(tempfile.mkdtemp(prefix="ratchet-tests-"))
+atexit.register(shutil.rmtree, SESSION_HOME, ignore_errors=True)
+os.environ["RATCHET_HOME"] = str(SESSION_HOME)
+os.environ.pop("PREFECT_API_URL", None)
+configure_prefect()
 
 
 @pytest.fixture(autouse=True)
@@ -11,3 +25,36 @@ def ratchet_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     folder = tmp_path / "ratchet-home"
     monkeypatch.setenv("RATCHET_HOME", str(folder))
     return folder
+
+
+@pytest.fixture(autouse=True)
+def engines_end_with_the_test() -> Iterator[None]:
+    """No engine is left warm for the next test, and none is refused to it."""
+    yield
+    import sys
+
+    if serving := sys.modules.get("tasks.serving"):
+        serving.close_engines()
+        serving.stopping.clear()
+
+
+@pytest.fixture(scope="session")
+def prefect_server() -> Iterator[str]:
+    """The address of a private Prefect server that all flow tests share; this process is not pointed at it yet."""
+    from flows.server import _point_prefect_at, private_server
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RATCHET_HOME", str(SESSION_HOME))
+        with private_server() as address:
+            _point_prefect_at(None)
+            yield address
+
+
+@pytest.fixture
+def prefect(prefect_server: str) -> Iterator[str]:
+    """Flows called in this test are recorded by the private server; yields the address of its API."""
+    from flows.server import _point_prefect_at
+
+    _point_prefect_at(f"{prefect_server}/api")
+    yield f"{prefect_server}/api"
+    _point_prefect_at(None)

@@ -18,6 +18,8 @@ from models.engine import EngineConfigurationError
 from models.specs import PromptTemplate
 from tests.models.tiny_fixture import TEMPLATE, save_tokenizer
 
+pytestmark = pytest.mark.vllm  # importing transformers alone takes longer than the unit tier may
+
 QUESTION = ({"role": "user", "content": "What is 3 + 4?"},)
 CHAT_ML = (
     "{% for m in messages %}{{ '<|pad|>' + m['role'] + '\n' + m['content'] | trim + '<|endoftext|>\n' }}{% endfor %}"

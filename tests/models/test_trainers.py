@@ -271,7 +271,7 @@ def test_the_same_seed_gives_the_same_bytes_and_nothing_but_a_model(sft_job: Cal
 def test_an_adapter_is_the_same_in_every_process(sft_job: Callable[..., SFTJob]) -> None:
     lines: list[str] = []
     for name in ("a", "b"):  # sets are ordered by hashes, which differ between processes
-        worker.run_job(sft_job(name, lora=ADAPTER, max_steps=2), lines.append, threads=1)
+        worker.run_job(sft_job(name, lora=ADAPTER, max_steps=2), lines.append)
     assert contents(sft_job("a").output) == contents(sft_job("b").output)
     assert any("optimizer step 2 of 2" in line for line in lines)
 
@@ -393,7 +393,7 @@ def test_an_adapter_trained_further_is_its_own_reference_and_stays_one_adapter(
 @needs_torch
 def test_a_run_through_accelerate_launch_and_bad_rows_come_back_from_the_child(sft_job: Callable[..., SFTJob]) -> None:
     config = str(Path(__file__).parents[2] / "deployments/accelerate/cpu.yaml")
-    outcome = worker.run_job(sft_job(max_steps=1, accelerate_config=config), lambda line: None, threads=1)
+    outcome = worker.run_job(sft_job(max_steps=1, accelerate_config=config), lambda line: None)
     assert (outcome.optimizer_steps, outcome.rows) == (1, 24)
     with pytest.raises(worker.TrainingConfigurationError, match="raise max_length"):
-        worker.run_job(sft_job("none-left", max_length=8), lambda line: None, threads=1)
+        worker.run_job(sft_job("none-left", max_length=8), lambda line: None)
