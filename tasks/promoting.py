@@ -17,8 +17,6 @@ NO_STAGE = ("optimizer_steps",)
 
 def begin(experiment: Experiment, base: Contender) -> None:
     """Record the base as iteration 0; it stands until something better does."""
-    if current_plan() is None:
-        experiment.forget_iterations_after(0)  # of an earlier run with other settings; those still wanted come again
     _record(experiment, "base", base, None, {})
 
 
