@@ -15,6 +15,7 @@ from flows.server import configure_prefect
 SESSION_HOME = Path(tempfile.mkdtemp(prefix="ratchet-tests-"))
 atexit.register(shutil.rmtree, SESSION_HOME, ignore_errors=True)
 os.environ["RATCHET_HOME"] = str(SESSION_HOME)
+(SESSION_HOME / "prefect").mkdir()
 os.environ.pop("PREFECT_API_URL", None)
 configure_prefect()
 
@@ -58,3 +59,24 @@ def prefect(prefect_server: str) -> Iterator[str]:
     _point_prefect_at(f"{prefect_server}/api")
     yield f"{prefect_server}/api"
     _point_prefect_at(None)
+
+
+@pytest.fixture(scope="session")
+def smoke_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The home of one finished smoke run; look, do not touch."""
+    from tasks.serving import close_engines
+    from tests.flows.builders import run_plainly
+
+    folder = tmp_path_factory.mktemp("smoke") / "home"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RATCHET_HOME", str(folder))
+        run_plainly()
+        close_engines()
+    return folder
+
+
+@pytest.fixture
+def finished(smoke_run: Path, ratchet_home: Path) -> Path:
+    """This test's home, holding a finished smoke run."""
+    shutil.copytree(smoke_run, ratchet_home)
+    return ratchet_home
