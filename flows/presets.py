@@ -25,11 +25,11 @@ class Preset:
         self.path = path
         if not path.is_file():
             raise PresetError(f"there is no preset {str(path)!r}; those that come along: {', '.join(_known_presets())}")
-        text = path.read_text()
         try:
+            text = path.read_text(encoding="utf-8")
             self.values = yaml.safe_load(text)
             self.lines: Lines = dict(_lines(yaml.compose(text)))
-        except yaml.YAMLError as error:
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
             raise PresetError(f"{path} is no YAML: {' '.join(str(error).split())}") from error
         if not isinstance(self.values, dict):
             raise PresetError(
@@ -132,6 +132,9 @@ def _fields_at(location: Sequence[str | int], config_class: type[BaseModel]) -> 
     models: list[type[BaseModel]] = [config_class]
     for part in location:
         if isinstance(part, int):
+            continue
+        if part in BRANCHES and not any(part in model.model_fields for model in models):
+            models = [model for model in models if part in model.__name__.lower()]  # "fake" -> Fake, "tiny" -> TinyBase
             continue
         annotations = [model.model_fields[part].annotation for model in models if part in model.model_fields]
         models = [found for annotation in annotations for found in _models_in(annotation)]

@@ -70,7 +70,7 @@ class PromptTemplate(Settings):
 class Sampling(Settings):
     """How a policy is sampled. Defaults are seed 0's data generation (METHODS 2.2)."""
 
-    not_in_key = frozenset({"prompts_per_shard"})
+    not_in_key = frozenset({"prompts_per_shard", "maximum_error_rate"})
 
     rollouts_per_prompt: int = Field(default=16, ge=1)
     temperature: float = Field(default=0.7, ge=0)
@@ -80,6 +80,7 @@ class Sampling(Settings):
     stop: tuple[str, ...] = ()
     seed: int = Field(default=0, ge=0)
     prompts_per_shard: int = Field(default=256, ge=1)
+    maximum_error_rate: float = Field(default=0.02, ge=0, le=1)  # share of the rollouts the engine may fail to draw
 
     def for_iteration(self, iteration: int) -> "Sampling":
         """The same settings with a seed of this iteration's own."""

@@ -14,70 +14,18 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from functools import cache
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple
-
-from pydantic import Field
+from typing import Any, NamedTuple
 
 from models.chat import Tokenizer, load_tokenizer, messages_of, render_completion, render_prompt
-from models.specs import SFT, Optimization, Preference, PromptTemplate, Settings, TinyModel
+from models.jobs import Job, PolicyJob, PreferenceJob, SFTJob, TrainingOutcome
+from models.specs import Optimization, PromptTemplate
+from models.training_callbacks import WHOLE, last_whole_checkpoint, recorder, sealer
 
 logger = logging.getLogger("models.trainers")
 
 TOO_LONG = "longer than max_length"
-WHOLE = "whole.json"  # written last into a checkpoint: what it belongs to, and the size of each of its files
 SCHEDULES = {"trapezoid": "warmup_stable_decay"}  # where transformers has another name
 KEPT_CHECKPOINTS = 2  # one may be torn
-
-
-class _Job(Settings):
-    rows: tuple[Path, ...] = Field(min_length=1)  # Parquet files
-    template: PromptTemplate = PromptTemplate()
-    output: Path  # folder that receives the model, or the adapter
-    checkpoints: Path  # folder for work in progress; delete it when the job is done
-    metrics: Path  # JSON lines: optimizer_step, name, value
-
-
-class _PolicyJob(_Job):
-    weights: str  # folder or hub name
-    revision: str | None = None  # hub commit
-    adapter: Path | None = None  # folder of a LoRA adapter on top of the weights
-    chat_template: str | None = None
-    trust_remote_code: bool = False
-
-
-class SFTJob(_PolicyJob):
-    """Train on demonstrations: columns prompt, completion."""
-
-    kind: Literal["sft"] = "sft"
-    settings: SFT
-
-
-class PreferenceJob(_PolicyJob):
-    """Train on pairs: columns prompt, chosen, rejected. The reference is the policy as it starts."""
-
-    kind: Literal["preference"] = "preference"
-    settings: Preference
-
-
-class TinyJob(_Job):
-    """Build the tiny model from demonstrations (models/tiny.py)."""
-
-    kind: Literal["tiny"] = "tiny"
-    settings: TinyModel
-
-
-TrainingJob = Annotated[SFTJob | PreferenceJob | TinyJob, Field(discriminator="kind")]
-
-
-class TrainingOutcome(NamedTuple):
-    """What a training did. The weights are in the job's output folder."""
-
-    optimizer_steps: int
-    rows: int  # trained on
-    dropped: dict[str, int]  # reason -> rows left out
-    tokens: int  # seen, over all epochs, padding not counted
-    seconds: float  # of optimizer steps, without loading and saving
-    metrics: Path
 
 
 class Batching(NamedTuple):
@@ -221,16 +169,6 @@ def split_batch(settings: Optimization, rows: int, devices: int) -> Batching:
     return Batching(per_device, accumulation, steps)
 
 
-def last_whole_checkpoint(folder: Path, belongs_to: dict[str, Any]) -> Path | None:
-    """The newest checkpoint whose files are all there and that this training wrote; others are removed."""
-    for checkpoint in sorted(folder.glob("checkpoint-*"), key=lambda path: -int(path.name.split("-")[1])):
-        if _is_whole(checkpoint, belongs_to):
-            return checkpoint
-        logger.warning("%s is torn or of another training; it is removed", checkpoint)
-        shutil.rmtree(checkpoint)
-    return None
-
-
 def _render(
     tokenizer: Tokenizer, template: PromptTemplate, prompt: str, *completions: str
 ) -> tuple[list[int], list[list[int]]]:
@@ -238,7 +176,7 @@ def _render(
     return render_prompt(tokenizer, messages), [render_completion(tokenizer, messages, text) for text in completions]
 
 
-def _check_some_left(job: _PolicyJob, kept: int, dropped: Counter[str]) -> None:
+def _check_some_left(job: PolicyJob, kept: int, dropped: Counter[str]) -> None:
     if not kept:
         names = ", ".join(str(file) for file in job.rows)
         reasons = ", ".join(f"{reason}: {count:,}" for reason, count in dropped.items()) or "the files hold none"
@@ -255,7 +193,7 @@ def _devices() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))  # set by accelerate launch
 
 
-def _arguments(job: _Job, settings: Optimization, rows: int) -> dict[str, Any]:
+def _arguments(job: Job, settings: Optimization, rows: int) -> dict[str, Any]:
     """Training arguments in full: TRL's defaults differ from transformers' and are set explicitly."""
     import torch
 
@@ -310,7 +248,7 @@ def _schedule(settings: Optimization, optimizer_steps: int) -> dict[str, Any]:
     }
 
 
-def _load_weights(job: _PolicyJob, dtype: str) -> Any:  # transformers' model class
+def _load_weights(job: PolicyJob, dtype: str) -> Any:  # transformers' model class
     from transformers import AutoModelForCausalLM
 
     return AutoModelForCausalLM.from_pretrained(
@@ -318,7 +256,7 @@ def _load_weights(job: _PolicyJob, dtype: str) -> Any:  # transformers' model cl
     )
 
 
-def _starting_model(job: _PolicyJob, settings: Optimization) -> Any:
+def _starting_model(job: PolicyJob, settings: Optimization) -> Any:
     """The policy as it starts. Weights to train are float32; a LoRA's frozen base is in the chosen precision."""
     if job.adapter is None:
         return _load_weights(job, "float32" if settings.lora is None else settings.precision)
@@ -336,12 +274,12 @@ def _merged(base: Any, adapter: Path) -> Any:
     return PeftModel.from_pretrained(base, adapter).merge_and_unload().requires_grad_(True)
 
 
-def _continues_adapter(job: _PolicyJob, settings: Optimization) -> bool:
+def _continues_adapter(job: PolicyJob, settings: Optimization) -> bool:
     """Whether the same adapter is trained further, which is so when the result is to be an adapter on the same base."""
     return job.adapter is not None and settings.lora is not None and not settings.lora.merge
 
 
-def _new_adapter(job: _PolicyJob, settings: Optimization) -> Any:  # peft's configuration class
+def _new_adapter(job: PolicyJob, settings: Optimization) -> Any:  # peft's configuration class
     if settings.lora is None or _continues_adapter(job, settings):
         return None
     from peft import LoraConfig
@@ -369,13 +307,13 @@ def _dpo_trainer() -> Any:
     return OnOurIds
 
 
-def _train(trainer: Any, job: _PolicyJob, settings: Optimization, rows: int, dropped: Counter[str]) -> TrainingOutcome:
+def _train(trainer: Any, job: PolicyJob, settings: Optimization, rows: int, dropped: Counter[str]) -> TrainingOutcome:
     from transformers import PrinterCallback
 
     belongs_to = {"settings": settings.key(), "rows": rows, "template": job.template.key()}
     trainer.remove_callback(PrinterCallback)
-    trainer.add_callback(_recorder()(job.metrics))
-    trainer.add_callback(_sealer()(trainer, belongs_to))
+    trainer.add_callback(recorder()(job.metrics))
+    trainer.add_callback(sealer()(trainer, belongs_to))
     checkpoint = last_whole_checkpoint(job.checkpoints, belongs_to) if trainer.is_world_process_zero() else None
     checkpoint = _from_first_process(checkpoint)
     if checkpoint:
@@ -414,7 +352,7 @@ def _from_first_process(value: Any) -> Any:
     return values[0]
 
 
-def _save(trainer: Any, job: _PolicyJob, settings: Optimization) -> None:
+def _save(trainer: Any, job: PolicyJob, settings: Optimization) -> None:
     """Write model and tokenizer only, so that the folder's digest depends on the training and nothing else."""
     merge = settings.lora is not None and settings.lora.merge
     folder = job.checkpoints / "adapter" if merge else job.output
@@ -433,7 +371,7 @@ def _save(trainer: Any, job: _PolicyJob, settings: Optimization) -> None:
     shutil.rmtree(job.output / "ref", ignore_errors=True)  # DPO's frozen copy of an adapter that was trained further
 
 
-def _merge(job: _PolicyJob, adapter: Path) -> None:
+def _merge(job: PolicyJob, adapter: Path) -> None:
     base = _load_weights(job, "float32")
     if job.adapter is not None:
         base = _merged(base, job.adapter)
@@ -447,87 +385,3 @@ def _make_adapter_reproducible(folder: Path, weights: str) -> None:
     config["target_modules"] = sorted(config["target_modules"])
     config["base_model_name_or_path"] = None if Path(weights).is_dir() else weights
     file.write_text(json.dumps(config, indent=2, sort_keys=True))
-
-
-def _is_whole(checkpoint: Path, belongs_to: dict[str, Any]) -> bool:
-    try:
-        seal = json.loads((checkpoint / WHOLE).read_text())
-    except (FileNotFoundError, json.JSONDecodeError):
-        return False
-    sizes = {name: (checkpoint / name).stat().st_size for name in seal["files"] if (checkpoint / name).is_file()}
-    return bool(seal["belongs_to"] == json.loads(json.dumps(belongs_to)) and sizes == seal["files"])
-
-
-@cache
-def _sealer() -> Any:
-    from transformers import TrainerCallback
-
-    class Sealer(TrainerCallback):  # type: ignore[misc] # untyped base
-        """Seals each checkpoint once it is written in full, so that a torn one is never resumed from."""
-
-        def __init__(self, trainer: Any, belongs_to: dict[str, Any]) -> None:
-            self.trainer = trainer
-            self.belongs_to = belongs_to
-
-        def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-            if not state.is_world_process_zero:
-                return
-            checkpoint = Path(args.output_dir) / f"checkpoint-{state.global_step}"
-            files = [path for path in checkpoint.rglob("*") if path.is_file()]
-            sizes = {str(path.relative_to(checkpoint)): path.stat().st_size for path in files}
-            seal = {"belongs_to": self.belongs_to, "files": sizes, "tokens": int(self.trainer._total_train_tokens)}
-            (checkpoint / WHOLE).write_text(json.dumps(seal))
-
-    return Sealer
-
-
-@cache
-def _recorder() -> Any:
-    from transformers import TrainerCallback
-
-    class Recorder(TrainerCallback):  # type: ignore[misc] # untyped base
-        """Writes what the trainer logs as JSON lines, and one line a log for people."""
-
-        def __init__(self, file: Path) -> None:
-            self.file = file
-            self.since = time.monotonic()
-            self.tokens = 0.0
-
-        def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-            self.since = time.monotonic()
-            if state.is_world_process_zero:
-                _forget_after(self.file, state.global_step)
-
-        def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any], **_: Any) -> None:
-            if not state.is_world_process_zero or "loss" not in logs:  # the summary at the end has no loss
-                return
-            figures = {name: float(value) for name, value in logs.items() if name != "epoch"}
-            figures["tokens_per_second"] = self._speed(figures.get("num_tokens", 0.0))
-            with self.file.open("a") as lines:
-                for name, value in figures.items():
-                    row = {"optimizer_step": state.global_step, "name": name, "value": value}
-                    lines.write(json.dumps(row) + "\n")
-            logger.info(_line(state.global_step, state.max_steps, figures))
-
-        def _speed(self, tokens: float) -> float:
-            now = time.monotonic()
-            speed = (tokens - self.tokens) / max(now - self.since, 1e-9)
-            self.since, self.tokens = now, tokens
-            return max(speed, 0.0)
-
-    return Recorder
-
-
-def _line(step: int, steps: int, figures: dict[str, float]) -> str:
-    shown = [f"loss {figures['loss']:.4f}"]
-    if "rewards/margins" in figures:
-        shown.append(f"margin {figures['rewards/margins']:.3f}, accuracy {figures['rewards/accuracies']:.2f}")
-    return f"optimizer step {step} of {steps}: {', '.join(shown)}, {figures['tokens_per_second']:,.0f} tokens/s"
-
-
-def _forget_after(metrics: Path, optimizer_step: int) -> None:
-    """Keep the metrics up to the step that training goes on from."""
-    lines = metrics.read_text().splitlines() if metrics.exists() else []
-    kept = [line for line in lines if line.endswith("}") and json.loads(line)["optimizer_step"] <= optimizer_step]
-    metrics.parent.mkdir(parents=True, exist_ok=True)
-    metrics.write_text("".join(f"{line}\n" for line in kept))

@@ -16,8 +16,8 @@ from typing import Any
 from pydantic import TypeAdapter
 
 from models.children import Child, environment, watch_lifeline
+from models.jobs import PreferenceJob, SFTJob, TinyJob, TrainingJob, TrainingOutcome
 from models.specs import Optimization
-from models.trainers import PreferenceJob, SFTJob, TinyJob, TrainingJob, TrainingOutcome
 
 KILLED = (-9, 137)  # what the kernel's out-of-memory killer leaves behind
 ADVICE = "lower per_device_batch_size or max_length; as it is, it would fail again"

@@ -128,14 +128,18 @@ def folder_digest(folder: Path) -> str:
 
 def scratch_folder(name: str) -> Path:
     """The folder of a training in progress, the same for the same name (a step's key), so that a killed one resumes."""
-    folder = home() / "models" / f".scratch-{safe_name(name)}"
+    folder = _scratch(name)
     folder.mkdir(parents=True, exist_ok=True)
     return folder
 
 
 def discard_scratch(name: str) -> None:
-    """Remove the folder of a training that is done."""
-    shutil.rmtree(scratch_folder(name), ignore_errors=True)
+    """Remove the folder of a training that is done, if there is one."""
+    shutil.rmtree(_scratch(name), ignore_errors=True)
+
+
+def _scratch(name: str) -> Path:
+    return home() / "models" / f".scratch-{safe_name(name)}"
 
 
 def _folder(digest: str) -> Path:

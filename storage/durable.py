@@ -49,6 +49,13 @@ def remove_stale_attempts(folder: Path) -> None:
             path.unlink(missing_ok=True)
 
 
+def remove_all_stale_attempts(root: Path) -> None:
+    """The same for a whole home, one listing a folder: what a kill left where nothing is written again."""
+    for folder in [*root.glob("*"), *root.glob("*/*"), *root.glob("experiments/*/iterations")]:
+        if folder.is_dir():
+            remove_stale_attempts(folder)
+
+
 def sync(path: Path) -> None:
     """Have the disk hold what was written to a file, or which names a folder holds."""
     descriptor = os.open(path, os.O_RDONLY)

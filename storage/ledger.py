@@ -5,8 +5,12 @@
 A ledger belongs to a policy, its decoding settings and its prompt template; rows are keyed (prompt_id, rollout_index).
 Several processes may append to one ledger: each part has a name of its own, and the first part that holds a key wins.
 A set of rollout indexes is a bit mask: bit i stands for rollout_index i.
+
+A part gets its name only after the disk has it, so one that cannot be read was damaged later. It is renamed to
+.damaged-part-*, which a warning tells, and its rows count as missing: they are drawn again, none is left out in silence.
 """
 
+import contextlib
 import logging
 import os
 import threading
@@ -32,6 +36,11 @@ logger = logging.getLogger(__name__)
 READ_ROWS = 20_000  # rows that `read` holds at one time, give or take one prompt's
 _KEY_COLUMNS = ["prompt_id", "rollout_index"]
 _REDRAW = "remove that file, and its rows are drawn again"
+SET_ASIDE = "-set-aside.parquet"  # how the name of a part ends whose rows stand for prompts that always fail
+
+
+class DamagedPart(DatasetError):
+    """A part could not be read and is now set aside; its rows have to be drawn again."""
 
 
 class Ledger:
@@ -50,24 +59,30 @@ class Ledger:
         """Which rollouts are there, as prompt_id -> bit mask of rollout indexes; only of `prompt_ids` when given.
 
         Raises:
-            DatasetError: a part cannot be read.
+            DatasetError: a part cannot be read, and yet is not damaged.
         """
         masks: dict[str, int] = {}
         for part in self._parts():
-            for prompt_id, index in _keys(_read(part, _KEY_COLUMNS)):
+            try:
+                keys = _keys(_read(part, _KEY_COLUMNS))
+            except DamagedPart:  # a warning has told it
+                continue
+            for prompt_id, index in keys:
                 if prompt_ids is None or prompt_id in prompt_ids:
                     masks[prompt_id] = masks.get(prompt_id, 0) | 1 << index
         return masks
 
-    def append(self, rows: Sequence[Rollout]) -> None:
+    def append(self, rows: Sequence[Rollout], *, ending: str = ".parquet") -> None:
         """Store rows as one new part; when this returns they are on the disk."""
         if not rows:
             return
         attempt = self.folder / attempt_name()
+        name = f"part-{time.time_ns():020d}-{os.getpid()}-{uuid.uuid4().hex[:8]}{ending}"
         try:
-            pq.write_table(pa.Table.from_batches([batch_of(rows, Rollout)]), attempt, compression="zstd")
+            table = pa.Table.from_batches([batch_of(rows, Rollout)])
+            pq.write_table(table, attempt, compression="zstd", write_page_checksum=True)  # no manifest has its digest
             sync(attempt)
-            attempt.rename(self.folder / f"part-{time.time_ns():020d}-{os.getpid()}-{uuid.uuid4().hex[:8]}.parquet")
+            attempt.rename(self.folder / name)
         finally:
             attempt.unlink(missing_ok=True)
         sync(self.folder)
@@ -78,7 +93,8 @@ class Ledger:
         Args:
             wanted: prompt_id -> bit mask of rollout indexes.
         Raises:
-            DatasetError: a part cannot be read, or a row that is wanted is not there.
+            DamagedPart: a part could not be read; the rows wanted have to be looked for, and drawn, again.
+            DatasetError: a row that is wanted is not there.
         """
         parts = self._parts()
         places = _places(parts, wanted)
@@ -193,13 +209,25 @@ def _take(part: Path, left: dict[str, int]) -> Iterator[Rollout]:
 def _read(part: Path, columns: list[str] | None) -> pa.Table:
     name = f"ledger/{part.parent.name}/{part.name}"
     try:
-        table = pq.read_table(part, columns=columns, partitioning=None)
+        table = pq.read_table(part, columns=columns, partitioning=None, page_checksum_verification=True)
     except (pa.ArrowException, OSError) as error:
-        raise DatasetError(f"{name} cannot be read: {error}; {_REDRAW}") from error
+        if isinstance(error, FileNotFoundError):  # another process has set it aside since we listed it
+            raise DamagedPart(f"{name} is gone; its rows are drawn again") from error
+        if isinstance(error, OSError) and error.errno is not None:  # not what is in it, but getting at it
+            raise DatasetError(f"{name} cannot be read: {error}; see to that and run the same command again") from error
+        _set_aside(part)
+        told = f"{name} is damaged ({error}); it is now .damaged-{part.name}, and its rows are drawn again"
+        logger.warning("%s", told)
+        raise DamagedPart(told) from error
     expected = columns or arrow_schema(Rollout).names
     if sorted(table.column_names) != sorted(expected):
         raise DatasetError(f"{name} has columns {table.column_names}, expected {expected}; {_REDRAW}")
     return table
+
+
+def _set_aside(part: Path) -> None:
+    with contextlib.suppress(FileNotFoundError):  # another process was faster
+        part.rename(part.with_name(f".damaged-{part.name}"))
 
 
 def _keys(table: pa.Table) -> Iterator[tuple[str, int]]:

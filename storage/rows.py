@@ -31,7 +31,7 @@ class Rollout(Row):
     completion: str
     prompt_tokens: int
     completion_tokens: int
-    finish_reason: str  # "stop": the model ended it; "length": cut at max_completion_tokens
+    finish_reason: str  # "stop": the model ended it; "length": cut at max_completion_tokens; "error": none was drawn
     cumulative_logprob: float | None  # natural log, summed over the completion; None: the engine does not tell
     seed: int
     policy: str  # identity of the model that wrote it

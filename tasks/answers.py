@@ -155,6 +155,8 @@ def score_by_answer(rollout: Rollout, gold: str, marker: str) -> ScoredRollout:
 def _verdict(rollout: Rollout, answer: str | None, gold: str, marker: str) -> tuple[float | None, str]:
     if rollout.finish_reason == "length":
         return None, "truncated"
+    if rollout.finish_reason == "error":
+        return None, "engine error"
     if answer is None:
         return None, "no final answer"
     if answers_disagree(rollout.completion, marker):

@@ -146,6 +146,7 @@ class Step(Generic[P, R]):
                     return self._produce(lookup, *args, **kwargs)
         found = lookup.found
         value = self._returns.validate_python(found.value)
+        checkpoints.discard_scratch(lookup.key)  # of a run that was killed just after it recorded the result
         record_step(self.name, cached=True, key=lookup.key, seconds=0.0, counts=found.counts, **_shown(value))
         return Outcome(value, True, f"reused {self.name}/{lookup.key[:12]} of {found.finished_at}")
 
@@ -177,6 +178,7 @@ class Step(Generic[P, R]):
             ),
             replace=lookup.missing != "not done yet",
         )
+        checkpoints.discard_scratch(lookup.key)  # only now: a kill before this line goes on from what is in there
         record_step(self.name, key=lookup.key, seconds=seconds, counts=counts, **_shown(value))
         return Outcome(value, False, "")
 
@@ -240,7 +242,7 @@ def start_task(
     if FlowRunContext.get() is not None:
         return _start_in_prefect(body, name=name, shard=shard, reads=reads, retry_on=retry_on)
     if pool is not None:
-        return pool.submit(copy_context().run, lambda: body().value)
+        return pool.submit(copy_context().run, lambda: _with_retries(body, retry_on).value)
     done: Future[Any] = Future()
     done.set_result(body().value)
     return done
@@ -325,6 +327,19 @@ def _start_in_prefect(
     )
     wrapped: Any = quote(body)  # keeps Prefect from looking for futures inside it; the task gets the body itself
     return task.submit(wrapped, list(reads))  # type: ignore[return-value]  # its future has the same result()
+
+
+def _with_retries(body: Callable[[], Outcome], retry_on: type[Exception] | None) -> Outcome:
+    """What Prefect does for a task, where there is no Prefect."""
+    for delay in RETRY_DELAYS_SECONDS if retry_on is not None else ():
+        try:
+            return body()
+        except retry_on or () as error:
+            raise_if_stopping()
+            log.warning("trying again in %g s: %s", delay, error)
+        stopping.wait(delay)
+        raise_if_stopping()
+    return body()
 
 
 def _retry_condition(retry_on: type[Exception]) -> Callable[[Any, Any, Any], bool]:

@@ -243,7 +243,8 @@ def _picked(rows: Sequence[ScoredRollout], strategy: Strategy) -> ScoredRollout 
     if strategy.kind == "maj":
         return majority(rows)
     if strategy.kind == "likelihood":
-        return best_of_n_by_likelihood(rows)
+        drawn = [row for row in rows if row.finish_reason != "error"]  # the others have no likelihood
+        return best_of_n_by_likelihood(drawn) if drawn else None
     return rows[0] if strategy.kind == "greedy" else None
 
 

@@ -96,6 +96,8 @@ def pair_with_gold(demonstration: Demonstration, rollouts: Sequence[Rollout], it
         text = same_text(row.completion)
         if row.finish_reason == "length":
             drops["truncated"] += 1
+        elif row.finish_reason == "error":
+            drops["engine error"] += 1
         elif text == same_text(demonstration.completion):
             drops["pair of one text"] += 1
         elif text in seen:

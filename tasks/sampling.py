@@ -62,9 +62,14 @@ def sample_rollouts(
         ShardsFailed: names the shards, their first errors and what to do; the rows of all others are kept.
     """
     done = gather_rollouts.lookup(policy, prompts, template, sampling, engine).found is not None
-    if not done and current_plan() is None:
+    if done or current_plan() is not None:
+        return gather_rollouts(policy, prompts, template, sampling, engine)
+    _run_shards(policy, prompts, template, sampling, engine)
+    try:
+        return gather_rollouts(policy, prompts, template, sampling, engine)
+    except DamagedPart:  # it is out of the way, and its rows are now missing
         _run_shards(policy, prompts, template, sampling, engine)
-    return gather_rollouts(policy, prompts, template, sampling, engine)
+        return gather_rollouts(policy, prompts, template, sampling, engine)
 
 
 def _as_many_as_wanted(
@@ -80,13 +85,19 @@ def gather_rollouts(
     """Commit the wanted rows of the ledger as one data set."""
     ledger = Ledger(ledger_key(policy, template, sampling, engine))
     wanted = {row.prompt_id: _all(sampling) for row in read_rows(prompts, Prompt)}
-    rollouts = write_rows(
-        ledger.read(wanted), Rollout, step="rollouts", parents=[prompts], settings={"sampling": sampling.key()}
-    )
     expected = len(wanted) * sampling.rollouts_per_prompt
+    errors: Counter[str] = Counter()
+
+    def checked() -> Iterator[Rollout]:
+        for row in ledger.read(wanted):
+            errors[row.prompt_id] += row.finish_reason == "error"
+            yield row
+        _check_error_rate(errors.total(), expected, sampling, [f"prompt {name}" for name in +errors], ledger)
+
+    rollouts = write_rows(checked(), Rollout, step="rollouts", parents=[prompts], settings={"sampling": sampling.key()})
     if rollouts.rows != expected:
         raise RuntimeError(f"ledger {ledger.folder.name} gave {rollouts.rows} of {expected} rows that were just there")
-    log_counts({"sampled": rollouts.rows})
+    log_counts({"sampled": rollouts.rows, **({"engine_errors": errors.total()} if errors.total() else {})})
     return rollouts
 
 
@@ -168,6 +179,7 @@ def _run_shards(
         meter=Meter(total, total - missing),
     )
     errors: dict[int, Exception] = {}
+    set_aside = 0
     started = time.monotonic()
     with ThreadPoolExecutor(max_workers=SHARDS_AT_ONCE) as pool:
         futures = [
@@ -186,9 +198,17 @@ def _run_shards(
                 future.result()
             except Exception as error:  # whatever one shard met, the others finish first; all are named below
                 errors[shard.number] = error
-    if errors:
+    if errors and all(isinstance(error, EngineError) for error in errors.values()) and not stopping.is_set():
+        failed = [shards[number] for number in errors]
+        try:
+            set_aside = _draw_apart(job, failed, [row.prompt_id for row in rows])
+        except EngineError:
+            raise ShardsFailed(_explain(errors, len(shards))) from None
+    elif errors:
         raise ShardsFailed(_explain(errors, len(shards)))
-    counts = {"drawn": missing, "reused": total - missing, "tokens": job.meter.tokens}
+    counts = {"drawn": missing - set_aside, "reused": total - missing, "tokens": job.meter.tokens}
+    if set_aside:
+        counts["engine_errors"] = set_aside
     record_step("sample_rollouts", rows=total, seconds=time.monotonic() - started, counts=counts, cached=not missing)
 
 
@@ -197,8 +217,7 @@ def _shard_body(job: Job, shard: Shard) -> Callable[[], Outcome]:
         started = time.monotonic()
         shard.attempts += 1
         if shard.attempts > 1:  # what the last attempt finished is in the ledger
-            present = job.ledger.present(set(shard.wanted))
-            shard.wanted = {key: mask & ~present.get(key, 0) for key, mask in shard.wanted.items()}
+            shard.wanted = _missing(job, shard.wanted)
         drawn = 0
         try:
             for _ in _draw(job, shard):
@@ -246,6 +265,82 @@ def _draw(job: Job, shard: Shard) -> Iterator[Rollout]:
             job.meter.add(completion)
             yield rollout
             raise_if_stopping()
+
+
+def _draw_apart(job: Job, shards: Sequence[Shard], known: Sequence[str]) -> int:
+    """Draw what failed shards still miss in ever smaller groups, and set the prompts aside that fail all by themselves.
+
+    An engine that cannot draw what it drew before is at fault itself: then no prompt is.
+
+    Args:
+        known: all prompts of this sampling; one that is done is drawn again to see whether the engine still works.
+    Returns:
+        How many rollouts were set aside: rows without a completion, whose finish_reason is "error".
+    Raises:
+        EngineError: the engine does not work.
+        ShardsFailed: more than `maximum_error_rate` of the rollouts fail; the first errors are quoted.
+    """
+    prompts = {row.prompt_id: row for shard in shards for row in shard.prompts}
+    total = len(known) * job.sampling.rollouts_per_prompt
+    groups = [list(prompts)]
+    errors: dict[str, str] = {}
+    while groups:
+        left = _missing(job, dict.fromkeys(groups.pop(), _all(job.sampling)))
+        error = _tried(job, prompts, left, TRIES_ALONE if len(left) == 1 else 1)
+        left = _missing(job, left)
+        if error is None or not left:
+            continue
+        _check_engine(job, prompts, known, error)
+        names = list(left)
+        if len(names) > 1:
+            groups += [names[len(names) // 2 :], names[: len(names) // 2]]
+            continue
+        errors[names[0]] = f"prompt {names[0]}: {error}"
+        failing = _missing(job, dict.fromkeys(errors, _all(job.sampling)))
+        count = sum(mask.bit_count() for mask in failing.values())
+        _check_error_rate(count, total, job.sampling, list(errors.values()), job.ledger)
+    rows = [_not_drawn(job, prompts[name], index) for name, mask in failing.items() for index in _indexes(mask)]
+    for told in errors.values():
+        log.warning("set aside after %d tries alone: %s", TRIES_ALONE, told)
+    job.ledger.append(rows, ending=SET_ASIDE)
+    return len(rows)
+
+
+def _tried(job: Job, prompts: dict[str, Prompt], wanted: dict[str, int], tries: int) -> EngineError | None:
+    """The last error, if these rows cannot all be drawn in so many tries."""
+    failed = None
+    for _ in range(tries):
+        wanted = _missing(job, wanted)
+        try:
+            for _ in _draw(job, Shard(-1, [prompts[name] for name in wanted], wanted)):
+                pass
+        except EngineError as error:
+            raise_if_stopping()
+            failed = error
+        else:
+            return None
+    return failed
+
+
+def _check_engine(job: Job, prompts: dict[str, Prompt], known: Sequence[str], error: EngineError) -> None:
+    """Raise the error again if the engine cannot draw a rollout that it drew before, or if there is none."""
+    present = job.ledger.present(set(known))
+    raise NotImplementedError
+
+
+def _not_drawn(job: Job, prompt: Prompt, index: int) -> Rollout:
+    return Rollout(
+        prompt_id=prompt.prompt_id,
+        rollout_index=index,
+        prompt=prompt.prompt,
+        completion="",
+        prompt_tokens=0,
+        completion_tokens=0,
+        finish_reason="error",
+        cumulative_logprob=None,
+        seed=rollout_seed(job.sampling.seed, prompt.prompt_id, index),
+        policy=job.policy.identity,
+    )
 
 
 def _rollout(completion: Completion, prompts: dict[str, Prompt], seed: int, policy: ModelRef) -> Rollout:

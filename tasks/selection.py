@@ -82,6 +82,8 @@ def same_text(text: str) -> str:
 def _fault(row: ScoredRollout, *, rewarded: bool) -> str | None:
     if row.finish_reason == "length":
         return "truncated"
+    if row.finish_reason == "error":
+        return row.reason
     if not row.completion.strip():
         return "empty completion"
     return None if rewarded else row.reason

@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from models import fake_engine
+from models.jobs import PreferenceJob, SFTJob, TinyJob, TrainingOutcome
 from models.specs import SFT, ModelRef, Preference, PromptTemplate, TinyModel
-from models.trainers import PreferenceJob, SFTJob, TinyJob, TrainingOutcome
 from models.worker import run_job
-from storage.checkpoints import commit_checkpoint, discard_scratch, scratch_folder
+from storage.checkpoints import commit_checkpoint, scratch_folder
 from storage.datasets import DatasetRef, data_files, read_rows, write_rows
 from storage.rows import Demonstration, Pair, TrainingMetric
 from tasks.caching import current_key, current_step, log_counts, step
@@ -86,7 +86,6 @@ def _trained(job: SFTJob | PreferenceJob | TinyJob, parents: Sequence[DatasetRef
         metrics=write_rows(_metrics(outcome), TrainingMetric, step="training_metrics", parents=parents),
         counts={"rows": outcome.rows, **outcome.dropped},
     )
-    discard_scratch(current_key())
     settings = job.settings
     if not isinstance(settings, TinyModel) and settings.lora is not None and not settings.lora.merge:
         return start.model_copy(update={"adapter": digest})
@@ -104,5 +103,4 @@ def _train_fake(start: ModelRef, rewards: Sequence[float], parents: Sequence[Dat
     fake_engine.train_fake(local_model(start).weights, share, len(rewards), folder)
     log_counts({"trained_on": len(rewards)})
     digest = commit_checkpoint(folder, step=current_step(), parents=[parent.digest for parent in parents])
-    discard_scratch(current_key())
     return ModelRef(name=f"fake-{digest[:8]}", digest=digest)

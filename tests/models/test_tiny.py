@@ -2,9 +2,9 @@ from pathlib import Path
 
 import pytest
 
+from models.jobs import TinyJob
 from models.specs import SFT, TinyModel
 from models.tiny import build_tiny, save_untrained, train_tokenizer
-from models.trainers import TinyJob
 
 pytestmark = pytest.mark.vllm
 

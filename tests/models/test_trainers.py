@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 from pydantic import TypeAdapter
 
-from models import trainers, worker
+from models import trainers, training_callbacks, worker
+from models.jobs import PreferenceJob, SFTJob, TinyJob, TrainingJob, TrainingOutcome
 from models.specs import SFT, LoRA, Preference, TinyModel
-from models.trainers import PreferenceJob, SFTJob, TinyJob, TrainingJob, TrainingOutcome
 
 SUMS = [(f"What is {a} + {b}?", f"{a} + {b} = {a + b}\nFINAL ANSWER: {a + b}") for a in range(6) for b in range(4)]
 SMALL = TinyModel(hidden_size=32, layers=1, vocabulary=480, context=64)
@@ -156,7 +156,7 @@ def test_torn_and_foreign_checkpoints_are_passed_over(tmp_path: Path) -> None:
         seal(tmp_path / f"checkpoint-{step}", {"settings": "other"} if step == 10 else mine)
     (tmp_path / "checkpoint-12" / "optimizer.pt").write_bytes(b"12")
     (tmp_path / "checkpoint-14").mkdir()
-    assert trainers.last_whole_checkpoint(tmp_path, mine) == tmp_path / "checkpoint-4"
+    assert training_callbacks.last_whole_checkpoint(tmp_path, mine) == tmp_path / "checkpoint-4"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-2", "checkpoint-4"]
 
 

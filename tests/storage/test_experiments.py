@@ -28,8 +28,9 @@ def step(name: str = "train_sft", run: str = "run-1") -> StepRecord:
     )
 
 
-def iteration(number: int, label: str = "iteration") -> IterationRecord:
+def iteration(number: int, label: str = "iteration", run: str = "run-1") -> IterationRecord:
     return IterationRecord(
+        run=run,
         iteration=number,
         label=label,
         policy={"name": "fake:0.4"},
@@ -108,10 +109,12 @@ def test_ten_iterations_stand_in_order_of_their_numbers(begun: Experiment) -> No
     assert [record.iteration for record in begun.iterations()] == [2, 9, 10]
 
 
-def test_iterations_after_the_last_can_be_forgotten(begun: Experiment) -> None:
+def test_iterations_that_a_run_did_not_write_can_be_forgotten(begun: Experiment) -> None:
     for number in range(4):
         begun.add_iteration(iteration(number))
-    begun.forget_iterations_after(1)
+    for number in range(2):
+        begun.add_iteration(iteration(number, run="run-2"))
+    begun.forget_other_iterations("run-2")
     assert [record.iteration for record in begun.iterations()] == [0, 1]
 
 

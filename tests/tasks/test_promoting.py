@@ -71,9 +71,12 @@ def test_the_funnel_of_a_real_run_adds_up(finished: Path) -> None:
 
 
 def test_a_run_served_from_the_cache_has_the_same_record(finished: Path) -> None:
-    before = Experiment("rest-em-smoke").iterations()
-    assert run_plainly().iterations() == before
-    assert all(record.cached for record in run_plainly().steps(run=Experiment("rest-em-smoke").state().run))
+    first = Experiment("rest-em-smoke").iterations()
+    again = run_plainly()
+    assert [r.model_copy(update={"run": ""}) for r in again.iterations()] == [
+        r.model_copy(update={"run": ""}) for r in first
+    ]
+    assert all(record.cached for record in again.steps(run=again.state().run))
 
 
 def test_a_run_with_fewer_iterations_leaves_no_record_of_the_old_ones(finished: Path) -> None:
