@@ -24,6 +24,7 @@ from storage.hub import Source
 from tasks.checking import Read
 from tasks.evaluating import Evaluation, HeldOut, assess
 from tasks.loading import draw_prompts, load_demonstrations, load_prompts, open_folder
+from tasks.metrics import parse_strategy
 from tasks.pairing import pair_rollouts
 from tasks.pairs import Pairing
 from tasks.promoting import begin, promote
@@ -89,6 +90,11 @@ class RestEM(Settings):
     def _a_target_for_each_iteration(self) -> "RestEM":
         if self.target_rows is not None and len(self.target_rows) != self.iterations:
             raise ValueError(f"{len(self.target_rows)} target_rows for {self.iterations} iterations; give one for each")
+        return self
+
+    @model_validator(mode="after")
+    def _enough_rollouts_for_the_gate(self) -> "RestEM":
+        parse_strategy(self.gate.strategy).check(self.evaluation.dev)
         return self
 
     def reads(self) -> list[Read]:

@@ -10,6 +10,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import IO
 
 from storage.home import home
@@ -37,14 +38,26 @@ def exclusive(name: str, *, wait_seconds: float | None) -> Iterator[None]:
     """
     path = home() / "locks" / f"{safe_name(name)}.lock"
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a+", encoding="utf-8") as file:
-        _acquire(file, name, wait_seconds)
+    with _open_locked(path, name, wait_seconds) as file:
         try:
             _write_holder(file)
             yield
         finally:
             file.truncate(0)
             fcntl.flock(file, fcntl.LOCK_UN)
+
+
+def _open_locked(path: Path, name: str, wait_seconds: float | None) -> IO[str]:
+    while True:
+        file = path.open("a+", encoding="utf-8")
+        try:
+            _acquire(file, name, wait_seconds)
+            if path.exists() and path.samefile(file.fileno()):
+                return file
+        except BaseException:
+            file.close()
+            raise
+        file.close()  # `ratchet gc` removed the file while we waited for it
 
 
 def _acquire(file: IO[str], name: str, wait_seconds: float | None) -> None:

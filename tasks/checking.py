@@ -9,6 +9,7 @@ from pydantic import BaseModel
 
 from models.chat import load_tokenizer, messages_of, render_text, template_only
 from models.engine import EngineConfigurationError
+from models.fake_engine import fake_skill
 from models.specs import VLLM, EngineSettings, Fake, ModelRef, Optimization, PromptTemplate, Sampling
 from storage.home import home
 from storage.hub import Source
@@ -125,7 +126,12 @@ def _model_faults(name: str, ref: ModelRef, config: Checkable) -> Iterator[str]:
     if fake != isinstance(config.engine, Fake):
         rule = "only a fake engine can serve it" if fake else "a fake engine serves names like 'fake:0.4' only"
         yield f"{name}.name is {ref.name!r} with engine.kind {config.engine.kind!r}; {rule}"
-    if Path(ref.name).is_dir():
+    if fake:
+        try:
+            fake_skill(ref.name)
+        except EngineConfigurationError as error:
+            yield f"{name}.name: {error}"
+    elif Path(ref.name).is_dir():
         try:
             load_tokenizer(ref.name, ref.chat_template, ref.trust_remote_code)
         except EngineConfigurationError as error:

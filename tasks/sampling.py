@@ -5,8 +5,10 @@ prompt, only the rows that are not there yet are drawn (DESIGN 3).
 """
 
 import hashlib
+import logging
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -20,15 +22,18 @@ from models.chat import messages_of
 from models.engine import Completion, EngineError, Request
 from models.specs import EngineSettings, ModelRef, PromptTemplate, Sampling
 from storage.datasets import DatasetRef, read_rows, write_rows
-from storage.ledger import Ledger, LedgerWriter
+from storage.ledger import SET_ASIDE, DamagedPart, Ledger, LedgerWriter
 from storage.rows import Prompt, Rollout
 from tasks.caching import Outcome, log_counts, start_task, step
+from tasks.isolating import TRIES_ALONE, Attempt, failing_prompts
 from tasks.planning import current_plan
 from tasks.recording import Progress, announce, current_iteration, record_step
 from tasks.serving import raise_if_stopping, serve, stopping
 
 SHARDS_AT_ONCE = 8  # threads that feed one engine; its own batch is what limits the work in flight
 T = TypeVar("T")
+
+log = logging.getLogger("ratchet")
 
 
 class ShardsFailed(RuntimeError):
@@ -92,7 +97,7 @@ def gather_rollouts(
         for row in ledger.read(wanted):
             errors[row.prompt_id] += row.finish_reason == "error"
             yield row
-        _check_error_rate(errors.total(), expected, sampling, [f"prompt {name}" for name in +errors], ledger)
+        _check_error_rate(errors.total(), len(wanted), sampling, [f"prompt {name}" for name in +errors], ledger)
 
     rollouts = write_rows(checked(), Rollout, step="rollouts", parents=[prompts], settings={"sampling": sampling.key()})
     if rollouts.rows != expected:
@@ -179,7 +184,7 @@ def _run_shards(
         meter=Meter(total, total - missing),
     )
     errors: dict[int, Exception] = {}
-    set_aside = 0
+    set_aside: dict[str, str] = {}
     started = time.monotonic()
     with ThreadPoolExecutor(max_workers=SHARDS_AT_ONCE) as pool:
         futures = [
@@ -201,15 +206,18 @@ def _run_shards(
     if errors and all(isinstance(error, EngineError) for error in errors.values()) and not stopping.is_set():
         failed = [shards[number] for number in errors]
         try:
-            set_aside = _draw_apart(job, failed, [row.prompt_id for row in rows])
+            set_aside = _draw_apart(job, failed, {row.prompt_id: row for row in rows})
         except EngineError:
             raise ShardsFailed(_explain(errors, len(shards))) from None
     elif errors:
         raise ShardsFailed(_explain(errors, len(shards)))
-    counts = {"drawn": missing - set_aside, "reused": total - missing, "tokens": job.meter.tokens}
+    drawn = job.meter.done - job.meter.reused
+    counts = {"drawn": drawn, "reused": total - missing, "tokens": job.meter.tokens}
     if set_aside:
-        counts["engine_errors"] = set_aside
-    record_step("sample_rollouts", rows=total, seconds=time.monotonic() - started, counts=counts, cached=not missing)
+        counts["engine_errors"] = missing - drawn
+    detail = "; ".join(f"prompt {prompt_id} set aside: {error}" for prompt_id, error in set_aside.items())
+    seconds = time.monotonic() - started
+    record_step("sample_rollouts", rows=total, seconds=seconds, counts=counts, cached=not missing, detail=detail)
 
 
 def _shard_body(job: Job, shard: Shard) -> Callable[[], Outcome]:
@@ -245,11 +253,7 @@ def _shard_body(job: Job, shard: Shard) -> Callable[[], Outcome]:
 def _draw(job: Job, shard: Shard) -> Iterator[Rollout]:
     prompts = {row.prompt_id: row for row in shard.prompts}
     requests = [
-        Request(
-            key=f"{index}/{prompt_id}",
-            messages=messages_of(job.template, prompts[prompt_id].prompt),
-            seed=rollout_seed(job.sampling.seed, prompt_id, index),
-        )
+        _request(job, prompts[prompt_id], index)
         for prompt_id, mask in shard.wanted.items()
         for index in range(mask.bit_length())
         if mask >> index & 1
@@ -267,65 +271,75 @@ def _draw(job: Job, shard: Shard) -> Iterator[Rollout]:
             raise_if_stopping()
 
 
-def _draw_apart(job: Job, shards: Sequence[Shard], known: Sequence[str]) -> int:
-    """Draw what failed shards still miss in ever smaller groups, and set the prompts aside that fail all by themselves.
+def _draw_apart(job: Job, shards: Sequence[Shard], prompts: dict[str, Prompt]) -> dict[str, str]:
+    """Draw what failed shards still miss, and set aside the prompts that fail even alone: prompt_id -> last error.
 
-    An engine that cannot draw what it drew before is at fault itself: then no prompt is.
+    The rows of those have no completion and the finish_reason "error"; they are not tried again.
 
     Args:
-        known: all prompts of this sampling; one that is done is drawn again to see whether the engine still works.
-    Returns:
-        How many rollouts were set aside: rows without a completion, whose finish_reason is "error".
+        prompts: all of this sampling, the other shards' too.
     Raises:
         EngineError: the engine does not work.
-        ShardsFailed: more than `maximum_error_rate` of the rollouts fail; the first errors are quoted.
+        ShardsFailed: more rollouts fail than `maximum_error_rate` allows.
     """
-    prompts = {row.prompt_id: row for shard in shards for row in shard.prompts}
-    total = len(known) * job.sampling.rollouts_per_prompt
-    groups = [list(prompts)]
-    errors: dict[str, str] = {}
-    while groups:
-        left = _missing(job, dict.fromkeys(groups.pop(), _all(job.sampling)))
-        error = _tried(job, prompts, left, TRIES_ALONE if len(left) == 1 else 1)
-        left = _missing(job, left)
-        if error is None or not left:
-            continue
-        _check_engine(job, prompts, known, error)
-        names = list(left)
-        if len(names) > 1:
-            groups += [names[len(names) // 2 :], names[: len(names) // 2]]
-            continue
-        errors[names[0]] = f"prompt {names[0]}: {error}"
-        failing = _missing(job, dict.fromkeys(errors, _all(job.sampling)))
-        count = sum(mask.bit_count() for mask in failing.values())
-        _check_error_rate(count, total, job.sampling, list(errors.values()), job.ledger)
-    rows = [_not_drawn(job, prompts[name], index) for name, mask in failing.items() for index in _indexes(mask)]
-    for told in errors.values():
-        log.warning("set aside after %d tries alone: %s", TRIES_ALONE, told)
-    job.ledger.append(rows, ending=SET_ASIDE)
-    return len(rows)
 
-
-def _tried(job: Job, prompts: dict[str, Prompt], wanted: dict[str, int], tries: int) -> EngineError | None:
-    """The last error, if these rows cannot all be drawn in so many tries."""
-    failed = None
-    for _ in range(tries):
-        wanted = _missing(job, wanted)
+    def draw(prompt_ids: Sequence[str]) -> Attempt:
+        wanted = dict.fromkeys(prompt_ids, _all(job.sampling))
         try:
-            for _ in _draw(job, Shard(-1, [prompts[name] for name in wanted], wanted)):
+            for _ in _draw(job, Shard(-1, [prompts[name] for name in prompt_ids], _missing(job, wanted))):
                 pass
         except EngineError as error:
             raise_if_stopping()
-            failed = error
-        else:
-            return None
-    return failed
+            return Attempt(list(_missing(job, wanted)), error)
+        return Attempt([], None)
+
+    rows: list[Rollout] = []
+    told: dict[str, str] = {}
+    for name, error in failing_prompts(
+        [row.prompt_id for shard in shards for row in shard.prompts], draw, lambda: _works(job, prompts)
+    ):
+        mask = _missing(job, {name: _all(job.sampling)})[name]
+        rows += [_not_drawn(job, prompts[name], index) for index in range(mask.bit_length()) if mask >> index & 1]
+        told[name] = str(error)
+        errors = [f"prompt {prompt_id}: {text}" for prompt_id, text in told.items()]
+        _check_error_rate(len(rows), len(prompts), job.sampling, errors, job.ledger)
+    for prompt_id, text in told.items():
+        log.warning("prompt %s is set aside, for it failed %d times alone: %s", prompt_id, TRIES_ALONE, text)
+    job.ledger.append(rows, ending=SET_ASIDE)
+    return told
 
 
-def _check_engine(job: Job, prompts: dict[str, Prompt], known: Sequence[str], error: EngineError) -> None:
-    """Raise the error again if the engine cannot draw a rollout that it drew before, or if there is none."""
-    present = job.ledger.present(set(known))
-    raise NotImplementedError
+def _missing(job: Job, wanted: dict[str, int]) -> dict[str, int]:
+    """Of the rollouts wanted, those that are not in the ledger; prompts that miss none are left out."""
+    present = job.ledger.present(wanted)
+    left = {prompt_id: mask & ~present.get(prompt_id, 0) for prompt_id, mask in wanted.items()}
+    return {prompt_id: mask for prompt_id, mask in left.items() if mask}
+
+
+def _works(job: Job, prompts: dict[str, Prompt]) -> bool:
+    """Whether the engine can draw again a rollout that it drew before; it is not kept."""
+    present = job.ledger.present(prompts)
+    rows = job.ledger.read({prompt_id: mask & -mask for prompt_id, mask in present.items()})  # the first of each
+    known = next((row for row in rows if row.finish_reason != "error"), None)
+    if known is None:
+        return False
+    request = _request(job, prompts[known.prompt_id], known.rollout_index)
+    try:
+        return len(list(serve(job.policy, job.engine).sample([request], job.sampling))) == 1
+    except EngineError:
+        return False
+
+
+def _check_error_rate(count: int, prompts: int, sampling: Sampling, errors: Sequence[str], ledger: Ledger) -> None:
+    total = prompts * sampling.rollouts_per_prompt
+    if count > sampling.maximum_error_rate * total:
+        first = "\n".join(f"  {error}" for error in errors[:3])
+        raise ShardsFailed(
+            f"the engine failed at {count} of {total} rollouts, and maximum_error_rate is "
+            f"{sampling.maximum_error_rate:g}. The first of {len(errors)} prompts:\n{first}\nSee to the engine, leave "
+            "these prompts out, or raise maximum_error_rate, and run the same command again. Rollouts given up "
+            f"earlier are tried again when ledger/{ledger.folder.name}/part-*{SET_ASIDE} is removed."
+        )
 
 
 def _not_drawn(job: Job, prompt: Prompt, index: int) -> Rollout:
@@ -340,6 +354,14 @@ def _not_drawn(job: Job, prompt: Prompt, index: int) -> Rollout:
         cumulative_logprob=None,
         seed=rollout_seed(job.sampling.seed, prompt.prompt_id, index),
         policy=job.policy.identity,
+    )
+
+
+def _request(job: Job, prompt: Prompt, index: int) -> Request:
+    return Request(
+        key=f"{index}/{prompt.prompt_id}",
+        messages=messages_of(job.template, prompt.prompt),
+        seed=rollout_seed(job.sampling.seed, prompt.prompt_id, index),
     )
 
 

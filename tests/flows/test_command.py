@@ -1,4 +1,4 @@
-"""The `ratchet` command: what is wrong is said before anything is written, and what is there can be read by programs."""
+"""The `ratchet` command: what is wrong is said before anything is written, what is there is told to programs too."""
 
 import json
 import re
@@ -118,10 +118,10 @@ BAD = {
     "fake model on vLLM": Bad(
         ["engine={kind: vllm, max_model_len: 256}"], ("base.name is 'fake:0.4' with engine.kind 'vllm'",)
     ),
-    "real model on the fake engine": Bad(["base.name=microsoft/phi-2"], ("a fake engine serves names like 'fake:0.4'",)),
+    "real model on the fake engine": Bad(["base.name=microsoft/phi-2"], ("a fake engine serves names like 'fake:0",)),
     "fake model of no skill": Bad(["base.name=fake:a lot"], ("'fake:a lot' is no fake model",)),
     "missing model folder": Bad(
-        ["base.name=./nowhere", "engine={kind: vllm, max_model_len: 256}"], ("base.name: there is no folder './nowhere'",)
+        ["base.name=./nowhere", "engine={kind: vllm}"], ("base.name: there is no folder './nowhere'",)
     ),
     "no room for a prompt": Bad(
         ["engine={kind: vllm, max_model_len: 64}"],
