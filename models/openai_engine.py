@@ -75,6 +75,11 @@ class OpenAIEngine:
 
     def use(self, model: LocalModel) -> None:
         """Ask for the model by its name from now on, and give dropped endpoints another chance."""
+        if model.ref.digest is not None:
+            raise EngineConfigurationError(
+                f"model {model.ref.name!r} is a folder here, and an endpoint serves what it was started with; "
+                "sample it with engine.kind: vllm"
+            )
         if model.ref.chat_template is not None or model.adapter is not None:
             raise EngineConfigurationError(
                 f"model {model.ref.name!r} comes with a chat template or an adapter of its own, but an endpoint serves "

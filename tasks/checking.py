@@ -10,7 +10,7 @@ from pydantic import BaseModel
 from models.chat import load_tokenizer, messages_of, render_text, template_only
 from models.engine import EngineConfigurationError
 from models.fake_engine import fake_skill
-from models.specs import VLLM, EngineSettings, Fake, ModelRef, Optimization, PromptTemplate, Sampling
+from models.specs import VLLM, EngineSettings, Fake, ModelRef, OpenAI, Optimization, PromptTemplate, Sampling
 from storage.home import home
 from storage.hub import Source
 from tasks.loading import demonstrations_of, prompts_of
@@ -49,6 +49,11 @@ def faults(config: Checkable) -> list[str]:
     found = list(_home_faults())
     found += _source_faults(config)
     found += [fault for name, model in _parts(config, ModelRef) for fault in _model_faults(name, model, config)]
+    if isinstance(config.engine, OpenAI):
+        found.append(
+            "engine.kind is 'openai', but an endpoint cannot serve the policies that are trained here; use 'vllm' "
+            "(endpoints serve judges and supervisors)"
+        )
     if isinstance(config.engine, VLLM):
         limit = config.engine.max_model_len
         found += [fault for name, one in _parts(config, Sampling) for fault in _length_faults(name, one, limit)]
