@@ -23,7 +23,15 @@ from rich.console import Console
 
 from flows.presets import Preset, PresetError
 from flows.server import ServerError, configure_prefect, private_server
-from flows.terminal import Lines, iteration_tables, plan_table, status_tables
+from flows.terminal import (
+    Lines,
+    garbage_lines,
+    iteration_tables,
+    plan_table,
+    status_tables,
+    trace_lines,
+    why_lines,
+)
 from storage.datasets import DatasetError
 from storage.experiments import Experiment, experiments
 from storage.home import home
@@ -41,6 +49,7 @@ PresetArgument = Annotated[Path, typer.Argument(help="a preset, for instance dep
 SetOption = Annotated[list[str] | None, typer.Option("--set", help="a.b=c, over the preset; may be given again")]
 HomeOption = Annotated[str | None, typer.Option("--home", help="where everything is kept; else RATCHET_HOME")]
 JsonOption = Annotated[bool, typer.Option("--json", help="for programs")]
+ExperimentOption = Annotated[str | None, typer.Option("--experiment", help="only this one")]
 
 
 class Recipe:
@@ -77,19 +86,21 @@ def run(
 
     stopping.clear()
     again = _command(preset, set_, home_)
+    plain = f"{again} --no-prefect-server"
+    go_on = plain if no_prefect_server else again
     experiment = Experiment(recipe.config.experiment)
     with _stopping_at_signals(), Lines(err) as lines, listening(lines):
         try:
             _run_flow(recipe, plainly=no_prefect_server)
         except KeyboardInterrupt:
-            told = f"\nStopped. Nothing that was finished is lost; go on with:\n  {again}"
+            told = f"\nStopped. Nothing that was finished is lost; go on with:\n  {go_on}"
             err.print(told, style="bold", markup=False)
             raise typer.Exit(130) from None
         except ServerError as error:
-            _fail(f"{error}\nGo on without it: {again} --no-prefect-server", 1)
+            _fail(f"{error}\nGo on without it: {plain}", 1)
         except Exception as error:  # the one place that turns a failed run into a message and an exit code
             logging.getLogger("ratchet").debug("the run failed", exc_info=True)
-            _fail(f"The run failed: {error}\nWhat is done is kept; run the same command again to go on.", 1)
+            _fail(f"The run failed: {error}\nWhat is done is kept; go on with:\n  {go_on}", 1)
         finally:
             stopping.set()
             close_engines()
@@ -166,6 +177,76 @@ def show(
 
 
 @app.command()
+def why(
+    step: Annotated[str, typer.Argument(help="a step as `ratchet status` lists it, for instance train_sft")],
+    experiment: ExperimentOption = None,
+    iteration: Annotated[
+        int | None, typer.Option(help="only this one; else all that its last run went through")
+    ] = None,
+    home_: HomeOption = None,
+    json_: JsonOption = False,
+) -> None:
+    """Why a step ran or was reused: which part of its key changed between its last two runs."""
+    _use_home(home_)
+    from tasks.explaining import explain
+
+    try:
+        explained = explain(step, experiment, iteration)
+    except ValueError as error:
+        _fail(str(error), 2)
+    if json_:
+        _print_json([one.model_dump(mode="json") for one in explained])
+        return
+    for line in why_lines(explained):
+        out.print(line, markup=False, soft_wrap=True)
+
+
+@app.command()
+def trace(
+    row: Annotated[str, typer.Argument(help="a prompt_id or its beginning; with /3 behind it, its rollout 3 only")],
+    experiment: ExperimentOption = None,
+    home_: HomeOption = None,
+    json_: JsonOption = False,
+) -> None:
+    """Follow a row: prompt, rollouts, verdicts, what was learnt from it, which policy came of that, evaluation."""
+    _use_home(home_)
+    from tasks.tracing import trace as follow
+
+    try:
+        followed = follow(row, experiment)
+    except ValueError as error:
+        _fail(str(error), 2)
+    if json_:
+        _print_json(followed.model_dump(mode="json"))
+        return
+    for line in trace_lines(followed):
+        out.print(line, markup=False, soft_wrap=True)
+
+
+@app.command()
+def gc(
+    delete: Annotated[bool, typer.Option("--delete", help="remove it; else it is only listed")] = False,
+    older_than: Annotated[float, typer.Option(min=0, metavar="DAYS", help="leave alone what is younger")] = 7.0,
+    home_: HomeOption = None,
+    json_: JsonOption = False,
+) -> None:
+    """List, or remove, what no experiment refers to any more."""
+    _use_home(home_)
+    from storage.collecting import collect_garbage
+    from storage.locks import LockedError
+
+    try:
+        found = collect_garbage(older_than_days=older_than, delete=delete)
+    except LockedError as error:
+        _fail(f"Nothing was removed: {error}", 1)
+    if json_:
+        _print_json({"deleted": delete, "garbage": [garbage._asdict() for garbage in found]})
+        return
+    for line in garbage_lines(found, deleted=delete, older_than_days=older_than):
+        out.print(line, markup=False, soft_wrap=True)
+
+
+@app.command()
 def report(experiment: str, home_: HomeOption = None) -> None:
     """Write an experiment's HTML and JSON report again, from what is stored, and say where it is."""
     _use_home(home_)
@@ -204,6 +285,8 @@ def main() -> None:
     """Entry point of the console script."""
     terminal = logging.StreamHandler()
     terminal.setLevel(os.environ.get("RATCHET_LOG", "WARNING").upper())
+    if terminal.level > logging.DEBUG:  # Prefect's UI has them, with their tracebacks; the command says it in a line
+        terminal.addFilter(lambda record: not record.name.startswith("prefect"))
     logging.basicConfig(format="%(message)s", handlers=[terminal])
     logging.getLogger("ratchet").setLevel(
         min(logging.INFO, terminal.level)
@@ -216,19 +299,22 @@ def _run_flow(recipe: Recipe, *, plainly: bool) -> None:
     if plainly:
         err.print("Running without a Prefect server: there is no UI to watch, the results are the same.")
         recipe.flow.fn(recipe.config)
-    elif given:
-        err.print(f"Prefect: {given}")
-        recipe.flow(recipe.config)
-    else:
-        with private_server() as address:
-            err.print(f"Prefect UI: {address}")
-            started = datetime.now(UTC)
-            try:
-                recipe.flow(recipe.config)
-            finally:
-                from tasks.observing import settle
+        return
+    from tasks.observing import settle, settle_dead_runs
 
-                settle(started)
+    if given:
+        err.print(f"Prefect: {given}")
+        settle_dead_runs(recipe.config.experiment, by_name=False)
+        recipe.flow(recipe.config)
+        return
+    with private_server() as address:
+        err.print(f"Prefect UI: {address}")
+        settle_dead_runs(recipe.config.experiment, by_name=True)
+        started = datetime.now(UTC)
+        try:
+            recipe.flow(recipe.config)
+        finally:
+            settle(started)
 
 
 def _checked(path: Path, overrides: list[str] | None) -> Recipe:

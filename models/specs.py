@@ -151,6 +151,9 @@ class LoRA(Settings):
         return self
 
 
+Schedule = Literal["cosine", "linear", "constant", "constant_with_warmup", "trapezoid"]
+
+
 class Optimization(Settings):
     """What SFT and preference training share. The global batch is declared, accumulation is derived from it."""
 
@@ -161,7 +164,7 @@ class Optimization(Settings):
     per_device_batch_size: int | None = Field(default=None, ge=1)  # None: as much of the global batch as fits
     epochs: float = Field(default=1.0, gt=0)
     max_steps: int | None = Field(default=None, ge=1)  # optimizer steps; wins over epochs
-    schedule: Literal["cosine", "linear", "constant", "constant_with_warmup", "trapezoid"] = "cosine"
+    schedule: Schedule = "cosine"
     warmup_ratio: float = Field(default=0.05, ge=0, lt=1)  # share of optimizer steps
     decay_ratio: float = Field(default=0.4, gt=0, le=1)  # trapezoid only: share of optimizer steps at the end
     weight_decay: float = Field(default=0.0, ge=0)
@@ -206,6 +209,17 @@ class Preference(Optimization):
         return self
 
 
+class TinyTraining(SFT):
+    """How a tiny model is trained from scratch. A class of its own, so that setting one field keeps the others."""
+
+    learning_rate: float = Field(default=3e-3, gt=0)
+    max_steps: int | None = Field(default=2000, ge=1)
+    schedule: Schedule = "trapezoid"
+    adam_beta2: float = Field(default=0.98, gt=0, lt=1)
+    max_length: int = Field(default=256, ge=8)
+    threads: int | None = Field(default=1, ge=1)
+
+
 class TinyModel(Settings):
     """A small Phi model trained from scratch, for the demo and for tests (TINY.md)."""
 
@@ -215,12 +229,4 @@ class TinyModel(Settings):
     vocabulary: int = Field(default=770, ge=64)  # BPE tokens at most
     context: int = Field(default=256, ge=32)  # tokens
     whole_numbers: int = Field(default=200, ge=0)  # 0 .. n-1 are single tokens
-    training: SFT = SFT(
-        learning_rate=3e-3,
-        global_batch_size=16,
-        max_steps=2000,
-        schedule="trapezoid",
-        adam_beta2=0.98,
-        max_length=256,
-        threads=1,
-    )
+    training: TinyTraining = TinyTraining()

@@ -3,14 +3,18 @@
 The child ends when the training does, so that its memory, the accelerator's included, is free again.
 """
 
+import contextlib
+import fcntl
 import json
 import logging
 import os
+import shutil
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from tempfile import TemporaryDirectory
+from tempfile import gettempdir, mkdtemp
 from typing import Any
 
 from pydantic import TypeAdapter
@@ -19,6 +23,7 @@ from models.children import Child, environment, watch_lifeline
 from models.jobs import PreferenceJob, SFTJob, TinyJob, TrainingJob, TrainingOutcome
 from models.specs import Optimization
 
+TEMPORARY = "ratchet-training-"
 KILLED = (-9, 137)  # what the kernel's out-of-memory killer leaves behind
 ADVICE = "lower per_device_batch_size or max_length; as it is, it would fail again"
 
@@ -40,7 +45,7 @@ def run_job(job: SFTJob | PreferenceJob | TinyJob, on_line: Callable[[str], None
         TrainingConfigurationError: the settings or the rows are at fault, or memory ran out.
         TrainingError: the child failed otherwise.
     """
-    with TemporaryDirectory(prefix="ratchet-training-") as name:
+    with _temporary_folder() as name:
         job_file, outcome_file = Path(name) / "job.json", Path(name) / "outcome.json"
         job_file.write_text(job.model_dump_json())
         arguments = [*_launcher(_optimization(job)), "-m", "models.worker", str(job_file), str(outcome_file)]
@@ -83,6 +88,31 @@ def _fit(job: SFTJob | PreferenceJob | TinyJob) -> TrainingOutcome:
     if isinstance(job, SFTJob):
         return fit_sft(job)
     return fit_preferences(job) if isinstance(job, PreferenceJob) else build_tiny(job)
+
+
+@contextmanager
+def _temporary_folder() -> Iterator[str]:
+    """A folder that is ours while we live: whoever finds it unlocked may remove it, and here those are removed."""
+    for left in Path(gettempdir()).glob(f"{TEMPORARY}*"):
+        with contextlib.suppress(OSError), _locked(left):  # another user's, or that of a training under way
+            shutil.rmtree(left)
+    new = Path(mkdtemp(prefix="ratchet-"))
+    with _locked(new):
+        folder = new.rename(new.with_name(f"{TEMPORARY}{new.name}"))  # locked when others see it
+        try:
+            yield str(folder)
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def _kind_of(error: Exception) -> str:

@@ -16,7 +16,7 @@ from pydantic import AwareDatetime, BaseModel, ConfigDict, JsonValue, Validation
 
 from storage.datasets import MANIFEST, REBUILD, DatasetError, DatasetRef, StoredFile, what_is_wrong_with_files
 from storage.digests import canonical_json, digest_of, file_sha256
-from storage.durable import attempt_folder, commit_folder, put_file
+from storage.durable import attempt_folder, commit_folder, put_file, remove_stale_attempts
 from storage.home import home
 from storage.names import checked_name, safe_name
 
@@ -53,6 +53,7 @@ def commit_checkpoint(
     Returns:
         The checkpoint's digest.
     """
+    remove_stale_attempts(folder)  # a manifest that a kill left half written, in a training that was resumed
     files = _files(folder)
     if not files:
         raise DatasetError(

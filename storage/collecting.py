@@ -180,7 +180,7 @@ def _told(kind: Kind, path: Path, days: float, why: str) -> Garbage:
 def _days(path: Path) -> float:
     """Days since anything of it was last written to."""
     newest = max(part.lstat().st_mtime for part in (path, *path.rglob("*")))
-    return round((time.time() - newest) / _SECONDS_A_DAY, 3)
+    return max(0.0, round((time.time() - newest) / _SECONDS_A_DAY, 3))
 
 
 def _read_json(file: Path) -> Any:

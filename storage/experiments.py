@@ -7,6 +7,7 @@ iterations/<number>.json. Reports and `ratchet status` are computed from these f
 import contextlib
 import json
 import os
+import platform
 from collections.abc import Iterator, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
@@ -14,9 +15,11 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from storage.durable import put_file
+from storage.durable import put_file, remove_all_stale_attempts
 from storage.home import home
 from storage.names import checked_name
+
+KEPT_FLOW_RUNS = 50
 
 State = Literal["running", "finished", "failed", "interrupted"]
 
@@ -67,8 +70,11 @@ class ExperimentState(BaseModel):
     started_at: str
     finished_at: str | None = None
     pid: int
+    host: str = ""
     error: str | None = None
     prefect_url: str | None = None
+    flow_run_id: str | None = None
+    unsettled: tuple[str, ...] = ()  # flow runs of processes that died, which Prefect may still show as running
 
 
 class Experiment:
@@ -78,13 +84,35 @@ class Experiment:
         self.name = name
         self.folder = home() / "experiments" / checked_name(name, "an experiment's name")
 
-    def begin(self, run: str, config: Mapping[str, Any], *, prefect_url: str | None) -> None:
-        """Note a run's settings and that it is running."""
+    def begin(
+        self, run: str, config: Mapping[str, Any], *, prefect_url: str | None, flow_run_id: str | None = None
+    ) -> None:
+        """Note a run's settings and that it is running; to be called by the only process that runs the experiment."""
         (self.folder / "iterations").mkdir(parents=True, exist_ok=True)
+        remove_all_stale_attempts(home())
+        unsettled = tuple(one for one in self.unsettled() if one != flow_run_id)[-KEPT_FLOW_RUNS:]
         _write(self.folder / "config.json", dict(config))
         self._end_torn_line()
-        state = ExperimentState(state="running", run=run, started_at=now(), pid=os.getpid(), prefect_url=prefect_url)
+        state = ExperimentState(
+            state="running",
+            run=run,
+            started_at=now(),
+            pid=os.getpid(),
+            host=platform.node(),
+            prefect_url=prefect_url,
+            flow_run_id=flow_run_id,
+            unsettled=unsettled,
+        )
         _write(self.folder / "state.json", state.model_dump())
+
+    def unsettled(self) -> tuple[str, ...]:
+        """Flow runs that this host has begun and not ended, when no process runs the experiment: all are dead."""
+        try:
+            state = ExperimentState.model_validate_json((self.folder / "state.json").read_text())
+        except (FileNotFoundError, ValidationError):  # none yet, or damaged: then the next run writes it anew
+            return ()
+        died = state.state == "running" and state.flow_run_id is not None and state.host == platform.node()
+        return (*state.unsettled, str(state.flow_run_id)) if died else state.unsettled
 
     def end(self, state: State, error: str | None = None) -> None:
         """Note how the run ended."""

@@ -7,7 +7,7 @@ Several processes may append to one ledger: each part has a name of its own, and
 A set of rollout indexes is a bit mask: bit i stands for rollout_index i.
 
 A part gets its name only after the disk has it, so one that cannot be read was damaged later. It is renamed to
-.damaged-part-*, which a warning tells, and its rows count as missing: they are drawn again, none is left out in silence.
+.damaged-part-*, which a warning tells, and its rows count as missing: they are drawn again.
 """
 
 import contextlib

@@ -52,12 +52,19 @@ def _open_locked(path: Path, name: str, wait_seconds: float | None) -> IO[str]:
         file = path.open("a+", encoding="utf-8")
         try:
             _acquire(file, name, wait_seconds)
-            if path.exists() and path.samefile(file.fileno()):
+            if _is_still(path, file):
                 return file
         except BaseException:
             file.close()
             raise
         file.close()  # `ratchet gc` removed the file while we waited for it
+
+
+def _is_still(path: Path, file: IO[str]) -> bool:
+    try:
+        return os.path.samestat(path.stat(), os.fstat(file.fileno()))
+    except FileNotFoundError:
+        return False
 
 
 def _acquire(file: IO[str], name: str, wait_seconds: float | None) -> None:

@@ -9,7 +9,6 @@ import functools
 import inspect
 import logging
 import time
-import traceback
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextvars import ContextVar, copy_context
@@ -179,7 +178,8 @@ class Step(Generic[P, R]):
             replace=lookup.missing != "not done yet",
         )
         checkpoints.discard_scratch(lookup.key)  # only now: a kill before this line goes on from what is in there
-        record_step(self.name, key=lookup.key, seconds=seconds, counts=counts, **_shown(value))
+        again = lookup.missing.removeprefix("not done yet")  # `ratchet why` tells it
+        record_step(self.name, key=lookup.key, seconds=seconds, counts=counts, detail=again, **_shown(value))
         return Outcome(value, False, "")
 
 
@@ -242,7 +242,7 @@ def start_task(
     if FlowRunContext.get() is not None:
         return _start_in_prefect(body, name=name, shard=shard, reads=reads, retry_on=retry_on)
     if pool is not None:
-        return pool.submit(copy_context().run, lambda: _with_retries(body, retry_on).value)
+        return pool.submit(copy_context().run, lambda: (_with_retries(body, retry_on) if retry_on else body()).value)
     done: Future[Any] = Future()
     done.set_result(body().value)
     return done
@@ -329,12 +329,12 @@ def _start_in_prefect(
     return task.submit(wrapped, list(reads))  # type: ignore[return-value]  # its future has the same result()
 
 
-def _with_retries(body: Callable[[], Outcome], retry_on: type[Exception] | None) -> Outcome:
+def _with_retries(body: Callable[[], Outcome], retry_on: type[Exception]) -> Outcome:
     """What Prefect does for a task, where there is no Prefect."""
-    for delay in RETRY_DELAYS_SECONDS if retry_on is not None else ():
+    for delay in RETRY_DELAYS_SECONDS:
         try:
             return body()
-        except retry_on or () as error:
+        except retry_on as error:
             raise_if_stopping()
             log.warning("trying again in %g s: %s", delay, error)
         stopping.wait(delay)
@@ -354,7 +354,6 @@ def _run_in_task(body: Callable[[], Outcome], reads: list[DatasetRef | ModelRef]
         outcome = body()
     except Exception:
         raise_if_stopping()
-        log.error("%s", traceback.format_exc())
         raise
     if outcome.cached:
         return Completed(name="Cached", message=outcome.message, data=outcome.value)

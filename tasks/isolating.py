@@ -1,4 +1,4 @@
-"""Prompts that bring an engine down: found by drawing ever smaller groups, so that all others are drawn all the same."""
+"""Prompts that bring an engine down: found by drawing ever smaller groups, so that all others are drawn."""
 
 from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple

@@ -1,5 +1,6 @@
 """What the Prefect UI shows beside the task runs: tables of metrics and funnels, a report, and every run recorded."""
 
+import contextlib
 import json
 import logging
 import os
@@ -7,16 +8,29 @@ import time
 import urllib.request
 from datetime import datetime
 from typing import Any
+from uuid import UUID
 
 from prefect.artifacts import create_markdown_artifact, create_table_artifact
+from prefect.client.orchestration import SyncPrefectClient, get_client
+from prefect.client.schemas.filters import (
+    FlowRunFilter,
+    FlowRunFilterId,
+    FlowRunFilterName,
+    FlowRunFilterState,
+    FlowRunFilterStateType,
+)
+from prefect.client.schemas.objects import State, StateType
 from prefect.context import FlowRunContext
+from prefect.states import Crashed
 
-from storage.experiments import IterationRecord
+from storage.experiments import Experiment, IterationRecord
+from storage.locks import LockedError, exclusive
 from tasks.serving import stopping
 
 log = logging.getLogger("ratchet")
 
 SETTLE_SECONDS = 15.0
+BEGUN = [StateType.PENDING, StateType.RUNNING]
 UNFINISHED = ("PENDING", "RUNNING", "SCHEDULED")
 
 
@@ -45,6 +59,36 @@ def publish_markdown(experiment: str, markdown: str) -> None:
     """The experiment's summary as a markdown artifact. Without a flow run around it, nothing."""
     if FlowRunContext.get() is not None:
         create_markdown_artifact(markdown, key=_artifact_key(f"{experiment}-report"))
+
+
+def settle_dead_runs(experiment: str, *, by_name: bool) -> None:
+    """Have Prefect show as Crashed the flow runs of this experiment whose process was killed, and their task runs.
+
+    Nobody else would: a killed process tells nothing, and its runs would be shown as Running for ever. A run that is
+    alive holds the experiment's lock, and then nothing is done.
+
+    Args:
+        by_name: also those that died before they could note their id; for a server that serves this home only.
+    """
+    with contextlib.suppress(LockedError), exclusive(f"experiment-{experiment}", wait_seconds=0):
+        noted = [UUID(name) for name in Experiment(experiment).unsettled()]
+        chosen = [FlowRunFilter(id=FlowRunFilterId(any_=noted))] if noted else []
+        if by_name:
+            chosen.append(FlowRunFilter(name=FlowRunFilterName(any_=[experiment])))
+        with get_client(sync_client=True) as client:
+            for one in chosen:
+                one.state = FlowRunFilterState(type=FlowRunFilterStateType(any_=BEGUN))
+                for flow_run in client.read_flow_runs(flow_run_filter=one):
+                    _crash(client, flow_run.id)
+                    log.warning("Prefect now shows flow run %s as Crashed: its process was killed", flow_run.id)
+
+
+def _crash(client: SyncPrefectClient, flow_run_id: UUID) -> None:
+    crashed: State[Any] = Crashed(message="The process of this run was killed; a later run has gone on from there.")
+    for task_run in client.read_task_runs(flow_run_filter=FlowRunFilter(id=FlowRunFilterId(any_=[flow_run_id]))):
+        if task_run.state_type in BEGUN:
+            client.set_task_run_state(task_run.id, crashed, force=True)
+    client.set_flow_run_state(flow_run_id, crashed, force=True)
 
 
 def settle(since: datetime) -> None:

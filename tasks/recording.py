@@ -12,6 +12,8 @@ from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
 
+from prefect.context import FlowRunContext
+
 from storage.experiments import Experiment, StepRecord, now
 from storage.locks import exclusive
 from tasks.planning import current_plan
@@ -70,7 +72,9 @@ def experiment_run(name: str, config: Mapping[str, Any], *, prefect_url: str | N
         return
     with exclusive(f"experiment-{name}", wait_seconds=0):
         run = Run(experiment)
-        experiment.begin(run.id, config, prefect_url=prefect_url)
+        flow = FlowRunContext.get()
+        flow_run_id = str(flow.flow_run.id) if flow is not None and flow.flow_run is not None else None
+        experiment.begin(run.id, config, prefect_url=prefect_url, flow_run_id=flow_run_id)
         token = _RUN.set(run)
         try:
             yield experiment

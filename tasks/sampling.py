@@ -209,6 +209,8 @@ def _run_shards(
             set_aside = _draw_apart(job, failed, {row.prompt_id: row for row in rows})
         except EngineError:
             raise ShardsFailed(_explain(errors, len(shards))) from None
+        except ShardsFailed as gate:
+            raise ShardsFailed(f"{_explain(errors, len(shards))}\n{gate}") from None
     elif errors:
         raise ShardsFailed(_explain(errors, len(shards)))
     drawn = job.meter.done - job.meter.reused

@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 
 from flows.presets import Preset, PresetError
-from flows.rest_em import RestEM
-from models.specs import Fake, ModelRef
+from flows.rest_em import RestEM, TinyBase
+from models.specs import Fake, ModelRef, TinyModel
 from tests.flows.builders import SMOKE
 
 
@@ -50,6 +50,16 @@ def test_an_override_may_add_a_section_and_the_last_one_wins() -> None:
     config = Preset(SMOKE, ["few_shot.examples=3", "few_shot.seed=1", "few_shot.seed=2"]).config(RestEM)
     assert config.few_shot is not None
     assert (config.few_shot.examples, config.few_shot.seed) == (3, 2)
+
+
+def test_one_setting_of_the_tiny_models_training_leaves_its_other_defaults() -> None:
+    config = Preset(SMOKE, ["base={corpus: {arithmetic: {problems: 9}}, tiny: {training: {max_steps: 5}}}"]).config(
+        RestEM
+    )
+    assert isinstance(config.base, TinyBase)
+    training = config.base.tiny.training
+    assert training.model_copy(update={"max_steps": 2000}) == TinyModel().training
+    assert (training.max_steps, training.learning_rate, training.schedule) == (5, 3e-3, "trapezoid")
 
 
 def test_the_text_after_the_first_equals_sign_is_the_value() -> None:

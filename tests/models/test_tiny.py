@@ -3,7 +3,7 @@ from pathlib import Path
 import pytest
 
 from models.jobs import TinyJob
-from models.specs import SFT, TinyModel
+from models.specs import TinyModel, TinyTraining
 from models.tiny import build_tiny, save_untrained, train_tokenizer
 
 pytestmark = pytest.mark.vllm
@@ -60,7 +60,9 @@ def test_a_base_is_built_from_demonstrations_and_learns(tmp_path: Path) -> None:
     file = tmp_path / "rows.parquet"
     pq.write_table(pa.table({"prompt": [f"{n} + 1?" for n in range(40)], "completion": ["7"] * 40}), file)
     settings = TinyModel(
-        layers=1, hidden_size=32, training=SFT(learning_rate=1e-2, global_batch_size=8, max_steps=40, max_length=64)
+        layers=1,
+        hidden_size=32,
+        training=TinyTraining(learning_rate=1e-2, global_batch_size=8, max_steps=40, max_length=64),
     )
     job = TinyJob(
         rows=(file,),

@@ -2,13 +2,17 @@
 
 import threading
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 
+from models.engine import EngineConfigurationError, Message
+from models.fake_engine import FakeEngine
 from models.specs import Fake, ModelRef, PromptTemplate, Sampling
 from storage.datasets import DatasetRef, read_rows, write_rows
 from storage.rows import Prompt, Rollout
+from tasks import caching
 from tasks.sampling import ShardsFailed, rollout_seed, sample_rollouts
 from tasks.serving import rollouts_generated, stop, stopping
 from tests.flows.builders import heard
@@ -106,22 +110,24 @@ def test_what_decides_a_rollout_draws_all_anew(change: dict[str, object]) -> Non
     assert rollouts_generated() == 12
 
 
-def test_a_failing_shard_lets_the_others_finish_and_is_named() -> None:
-    dying = Fake(fail_prompts=("12 + 1",))  # the third prompt: the first row of the second shard of three
+def test_a_failing_shard_lets_the_others_finish_and_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    refuse(monkeypatch, "12 + 1")  # the third prompt: the first of the second shard of three
     with heard() as records, pytest.raises(ShardsFailed) as caught:
-        sampled(sums(6), engine=dying)
+        sampled(sums(6))
     told = str(caught.value)
     assert "1 of 3 shards failed: [1]" in told
-    assert "shard 1: EngineError: the fake engine was told to die at prompts that contain '12 + 1'" in told
+    assert "shard 1: EngineConfigurationError: 'What is 12 + 1?' is too long" in told
     assert "Run the same command again" in told
     assert rollouts_generated() == 8  # both rows of prompts 0, 1, 4 and 5
     states = {r.shard: r.state for r in records if r.shard is not None}
     assert states == {0: "completed", 1: "failed", 2: "completed"}
 
 
-def test_after_a_failed_shard_only_its_rows_are_drawn() -> None:
-    with pytest.raises(ShardsFailed):
-        sampled(sums(6), engine=Fake(fail_prompts=("13 + 1",)))  # the fourth prompt: the end of the second shard
+def test_after_a_failed_shard_only_its_rows_are_drawn(monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as patch:
+        refuse(patch, "13 + 1")  # the fourth prompt: the end of the second shard
+        with pytest.raises(ShardsFailed):
+            sampled(sums(6))
     assert rollouts_generated() == 10  # the second shard had drawn the two rows of the third prompt
     with heard() as records:
         sampled(sums(6))
@@ -130,9 +136,31 @@ def test_after_a_failed_shard_only_its_rows_are_drawn() -> None:
     assert rollouts_generated() == 12
 
 
-def test_two_failing_shards_are_both_named() -> None:
+def test_two_failing_shards_are_both_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    refuse(monkeypatch, "10 + 1", "15 + 1")
     with pytest.raises(ShardsFailed, match=r"2 of 3 shards failed: \[0, 2\]"):
-        sampled(sums(6), engine=Fake(fail_prompts=("10 + 1", "15 + 1")))
+        sampled(sums(6))
+
+
+def test_prompts_that_bring_the_engine_down_too_often_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(caching, "RETRY_DELAYS_SECONDS", ())
+    dying = Fake(fail_prompts=("12 + 1",))
+    with pytest.raises(ShardsFailed, match=r"the engine failed at 2 of 12 rollouts(?s:.*)told to die at prompts"):
+        sampled(sums(6), engine=dying)
+    assert sampled(sums(6)).rows == 12  # nothing was set aside: the engine works again, and all rows are drawn
+    rows = rows_of(sampled(sums(6)))
+    assert {row.finish_reason for row in rows} <= {"stop", "length"}
+
+
+def refuse(patch: pytest.MonkeyPatch, *texts: str) -> None:
+    """Have the fake engine refuse prompts that contain one of these texts, as if they were too long for it."""
+
+    def refuse_failing(_engine: FakeEngine, messages: Sequence[Message]) -> None:
+        for message in messages:
+            if any(text in message["content"] for text in texts):
+                raise EngineConfigurationError(f"{message['content']!r} is too long")
+
+    patch.setattr(FakeEngine, "_refuse_failing", refuse_failing)
 
 
 def test_a_stopped_run_keeps_its_rows_and_goes_on_later() -> None:

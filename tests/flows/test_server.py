@@ -1,0 +1,55 @@
+"""The private Prefect server: on loopback, quiet, and gone with whoever started it."""
+
+import os
+import uuid
+from pathlib import Path
+
+import httpx
+import pytest
+
+import flows.server
+from flows.server import ServerError, configure_prefect, private_server
+from tests.flows.builders import MARK, processes_marked
+
+pytestmark = pytest.mark.flow
+
+
+def test_the_server_answers_on_loopback_and_its_page_knows_where_its_api_is(prefect_server: str) -> None:
+    assert prefect_server.startswith("http://127.0.0.1:")
+    assert httpx.get(f"{prefect_server}/api/health").json() is True
+    assert httpx.get(f"{prefect_server}/ui-settings").json()["api_url"] == f"{prefect_server}/api"
+    assert "<html" in httpx.get(f"{prefect_server}/", follow_redirects=True).text.lower()
+
+
+def test_the_server_reports_to_no_one_and_keeps_its_files_in_the_home(prefect_server: str) -> None:
+    settings = httpx.get(f"{prefect_server}/api/admin/settings").json()
+    assert settings["server"]["analytics_enabled"] is False
+    home = os.environ["PREFECT_HOME"]
+    assert settings["home"] == home
+    assert Path(home).parent.name == "prefect"
+    assert Path(home).parent.joinpath("prefect.db").is_file()
+
+
+def test_what_the_user_set_for_prefect_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PREFECT_CLI_PROMPT", "true")
+    configure_prefect()
+    assert os.environ["PREFECT_CLI_PROMPT"] == "true"
+
+
+def test_a_server_that_does_not_answer_in_time_is_told_and_ended(monkeypatch: pytest.MonkeyPatch) -> None:
+    mark = uuid.uuid4().hex
+    monkeypatch.setenv(MARK, mark)
+    monkeypatch.setattr(flows.server, "START_SECONDS", 0.3)
+    with pytest.raises(ServerError, match=r"did not answer at http://127\.0\.0\.1:"), private_server():
+        pass
+    assert processes_marked(mark) == []
+    assert "PREFECT_API_URL" not in os.environ
+
+
+def test_a_server_that_cannot_start_is_told_with_its_last_lines(
+    ratchet_home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (ratchet_home / "prefect" / "prefect.db").mkdir(parents=True)  # no place for a database
+    told = r"the private Prefect server ended with \d+:\n(?s:.*)unable to open database"
+    with pytest.raises(ServerError, match=told), private_server():
+        pass
