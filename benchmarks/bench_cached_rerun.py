@@ -16,7 +16,7 @@ from pathlib import Path
 
 from tables import REPOSITORY, run_smoke, seconds, show
 
-ITERATIONS = "iterations=3"
+ITERATIONS, PLAINLY = "iterations=3", "--no-prefect-server"
 
 
 def main() -> None:
@@ -24,31 +24,32 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repeats", type=int, default=3, help="re-runs of which the median counts")
     options = parser.parse_args()
-    first_plain, again_plain, steps = _measure(options.repeats, "--no-prefect-server")
-    first_prefect, again_prefect, _ = _measure(options.repeats)
-    start = statistics.median(_start() for _ in range(options.repeats))
+    with tempfile.TemporaryDirectory(prefix="ratchet-bench-") as folder:
+        plain, prefect = Path(folder) / "plain", Path(folder) / "prefect"
+        first_plain, first_prefect = _run(plain, PLAINLY), _run(prefect)
+        steps = _records(plain)
+        turns = [(_start(), _run(plain, PLAINLY), _run(prefect)) for _ in range(options.repeats)]
+        again = [*_records(plain)[len(steps) :], *_records(prefect)[len(steps) :]]
+        if not all('"cached":true' in line for line in again):
+            raise SystemExit("the re-run was to be all cached, but a step ran")
+        found = len(again) // (2 * options.repeats)
+    start, again_plain, again_prefect = (statistics.median(turn) for turn in zip(*turns, strict=True))
     rows = [
         ("cached re-run / first run, without Prefect", f"{again_plain / first_plain:.2f}"),
         ("cached re-run / first run, with Prefect", f"{again_prefect / first_prefect:.2f}"),
         ("cached re-run with Prefect / without", f"{again_prefect / again_plain:.2f}"),
         ("cached re-run without Prefect / start of Python and imports", f"{again_plain / start:.2f}"),
     ]
-    note = f"{steps} cached steps; re-run {seconds(again_plain)} without Prefect, {seconds(again_prefect)} with"
+    note = f"{found} cached steps; re-run {seconds(again_plain)} without Prefect, {seconds(again_prefect)} with"
     show("Fully cached re-run of a finished three-iteration experiment", rows, note)
 
 
-def _measure(repeats: int, *options: str) -> tuple[float, float, int]:
-    """Seconds of the first run and of a re-run, and how many steps the latter found."""
-    with tempfile.TemporaryDirectory(prefix="ratchet-bench-") as folder:
-        home = Path(folder) / "home"
-        first = run_smoke(home, "--set", ITERATIONS, *options)
-        lines = home / "experiments/rest-em-smoke/steps.jsonl"
-        before = len(lines.read_text().splitlines())
-        again = [run_smoke(home, "--set", ITERATIONS, *options) for _ in range(repeats)]
-        found = lines.read_text().splitlines()[before:]
-        if not all('"cached":true' in line for line in found):
-            raise SystemExit("the re-run was to be all cached, but a step ran")
-        return first, statistics.median(again), len(found) // repeats
+def _run(home: Path, *options: str) -> float:
+    return run_smoke(home, "--set", ITERATIONS, *options)
+
+
+def _records(home: Path) -> list[str]:
+    return (home / "experiments/rest-em-smoke/steps.jsonl").read_text().splitlines()
 
 
 def _start() -> float:

@@ -66,7 +66,7 @@ class Lines:
         if record.step == "gather_rollouts" and self._task is not None:
             self._bar.remove_task(self._task)
             self._task = None
-        where = "      " if record.iteration is None else f"it{record.iteration:<4}"
+        where = f"{'' if record.iteration is None else f'it{record.iteration}':<4}{record.split or '':<5}"
         name = record.step + (f" shard {record.shard}" if record.shard is not None else "")
         self._console.print(f"{where}{name:<22}{_how(record)}", markup=False, style=_style(record))
 
@@ -113,7 +113,7 @@ def status_tables(experiment: Experiment) -> Iterator[Any]:
     for record in experiment.steps(run=state.run):
         told = "failed: " + record.detail if record.state == "failed" else "cached" if record.cached else "done"
         steps.add_row(
-            record.step,
+            " ".join(filter(None, [record.split, record.step])),
             _optional(record.iteration),
             _optional(record.shard),
             told,
@@ -182,7 +182,8 @@ def garbage_lines(found: "Sequence[Garbage]", *, deleted: bool, older_than_days:
     if not found:
         yield f"nothing to remove: experiments refer to all that is older than {older_than_days:g} days"
     else:
-        yield f"removed {told}" if deleted else f"{told} could go; remove them with: ratchet gc --delete"
+        again = f"ratchet gc --delete --older-than {older_than_days:g}"
+        yield f"removed {told}" if deleted else f"{told} could go; remove them with: {again}"
 
 
 def _change(change: "Change") -> str:

@@ -32,6 +32,7 @@ class StepRecord(BaseModel):
     run: str
     step: str
     iteration: int | None
+    split: str | None = None  # "dev" or "test"; None: training
     shard: int | None
     state: Literal["completed", "failed"]
     cached: bool

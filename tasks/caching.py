@@ -29,7 +29,7 @@ from storage.digests import digest_of
 from storage.hub import Source, source_key
 from storage.locks import exclusive
 from tasks.planning import PlannedStep, current_plan
-from tasks.recording import current_iteration, record_step
+from tasks.recording import current_iteration, current_split, record_step
 from tasks.serving import raise_if_stopping, stopping
 
 P = ParamSpec("P")
@@ -249,10 +249,10 @@ def start_task(
 
 
 def task_run_name(name: str, shard: int | None) -> str:
-    """For instance "it1 sample_rollouts shard 3"."""
-    iteration = current_iteration()
-    parts = [f"it{iteration}"] if iteration is not None else []
-    return " ".join([*parts, name, *([f"shard {shard}"] if shard is not None else [])])
+    """For instance "it1 sample_rollouts shard 3", or "it1 dev score_answers"."""
+    iteration, split = current_iteration(), current_split()
+    parts = [f"it{iteration}" if iteration is not None else "", split or "", name]
+    return " ".join(filter(None, [*parts, f"shard {shard}" if shard is not None else ""]))
 
 
 def key_part(value: object) -> object:

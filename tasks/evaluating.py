@@ -12,6 +12,7 @@ from storage.rows import EvaluatedPrompt, Metric, ScoredRollout
 from tasks.caching import log_counts, step
 from tasks.metrics import evaluate_prompt, parse_strategy, summarise
 from tasks.promotion import Decision, Gate, decide
+from tasks.recording import split
 from tasks.sampling import sample_rollouts
 from tasks.scoring import score_answers
 
@@ -66,11 +67,13 @@ def assess(
     def scored(prompts: DatasetRef, sampling: Sampling) -> DatasetRef:
         return score_answers(sample_rollouts(policy, prompts, template, sampling, engine), prompts, marker)
 
-    dev = evaluate_answers((scored(held_out.dev, evaluation.dev),), ((gate.strategy,),))
-    test = evaluate_answers(
-        tuple(scored(held_out.test, one.sampling) for one in evaluation.test),
-        tuple(one.strategies for one in evaluation.test),
-    )
+    with split("dev"):
+        dev = evaluate_answers((scored(held_out.dev, evaluation.dev),), ((gate.strategy,),))
+    with split("test"):
+        test = evaluate_answers(
+            tuple(scored(held_out.test, one.sampling) for one in evaluation.test),
+            tuple(one.strategies for one in evaluation.test),
+        )
     return Contender(policy, template, dev, test)
 
 

@@ -23,6 +23,7 @@ log = logging.getLogger("ratchet")
 
 _RUN: ContextVar["Run | None"] = ContextVar("run", default=None)
 _ITERATION: ContextVar[int | None] = ContextVar("iteration", default=None)
+_SPLIT: ContextVar[str | None] = ContextVar("split", default=None)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -110,6 +111,21 @@ def iteration(number: int) -> Iterator[int]:
         _ITERATION.set(before)
 
 
+def current_split() -> str | None:
+    """The held-out split that steps look at just now; None: training."""
+    return _SPLIT.get()
+
+
+@contextmanager
+def split(name: str) -> Iterator[None]:
+    """Steps called inside look at this split, and carry its name."""
+    token = _SPLIT.set(name)
+    try:
+        yield
+    finally:
+        _SPLIT.reset(token)
+
+
 @contextmanager
 def listening(listener: Listener) -> Iterator[None]:
     """Tell the listener of each finished step and of progress, from whatever thread it happens in."""
@@ -148,6 +164,7 @@ def record_step(
         run=run.id if run else "",
         step=step,
         iteration=current_iteration(),
+        split=current_split(),
         shard=shard,
         state="failed" if failed else "completed",
         cached=cached,
@@ -166,7 +183,9 @@ def record_step(
 
 def line_of(record: StepRecord) -> str:
     """One step in one line: rows in and out by reason, and how long it took."""
-    name = record.step if record.shard is None else f"{record.step} shard {record.shard}"
+    name = " ".join(filter(None, [record.split, record.step]))
+    if record.shard is not None:
+        name += f" shard {record.shard}"
     if record.state == "failed":
         return f"{name} FAILED after {record.seconds:.1f} s: {record.detail}"
     rows = "" if record.rows is None else f" {record.rows:,} rows"

@@ -59,6 +59,7 @@ def facts(experiment: Experiment) -> dict[str, Any]:
                 include={
                     "step",
                     "iteration",
+                    "split",
                     "shard",
                     "state",
                     "cached",

@@ -134,7 +134,7 @@ def watch_writes(operations: Operations) -> None:
         done: int = operations.watch("write", place, lambda: write_text(self, data, *arguments, **options), tear)
         return done
 
-    Path.write_text = watched  # type: ignore[method-assign, assignment]
+    Path.write_text = watched  # type: ignore[method-assign]
 
 
 def watch_parquet(operations: Operations) -> None:
@@ -162,8 +162,8 @@ def watch_training(operations: Operations) -> None:
 
     train = fake_engine.train_fake
 
-    def watched(weights: str, share: float, rows: int, output: Path) -> None:
-        operations.watch("train", output, lambda: train(weights, share, rows, output))
+    def watched(weights: str, completions_correct_share: float, rows: int, output: Path) -> None:
+        operations.watch("train", output, lambda: train(weights, completions_correct_share, rows, output))
 
     fake_engine.train_fake = watched
 

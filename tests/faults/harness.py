@@ -9,7 +9,7 @@ import sys
 import time
 import uuid
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -70,7 +70,7 @@ class Place:
         """The rollouts the engine drew in one run, by default the latest, in order."""
         file = self.folder / f"drawn-{run or self.runs}"
         lines = file.read_text().splitlines() if file.exists() else []
-        return [(policy, *map_rest) for policy, *map_rest in map(json.loads, lines)]  # type: ignore[misc]
+        return [(policy, *map_rest) for policy, *map_rest in map(json.loads, lines)]
 
     def operations(self) -> list[str]:
         """What the latest run did to the home."""
@@ -243,8 +243,3 @@ def check_recovery(place: Place, before: Counter[Drawn], again: Ended, unbroken:
     assert set(now) | set(before) == set(unbroken["ledger"]), "rows are missing"
     assert set(in_ledger(place.home).values()) == {1}
     return len(set(now) & set(earlier))
-
-
-def first_lines(output: str, lines: int) -> Sequence[str]:
-    """For messages."""
-    return output.splitlines()[:lines]

@@ -6,6 +6,7 @@ the same name again.
 """
 
 import json
+import os
 import random
 from pathlib import Path
 from typing import Any
@@ -46,8 +47,6 @@ def random_kills(count: int, seed: int) -> list[Kill]:
 
 def note(place: Place, kill: Kill, drawn_again: int, seconds: float) -> None:
     """One line of the kill matrix, for whoever wants it: in the folder that FAULT_MATRIX names."""
-    import os
-
     if file := os.environ.get("FAULT_MATRIX"):
         died_at = place.folder / "operations-1"
         last = died_at.read_text().splitlines()[-1] if died_at.exists() else "?"

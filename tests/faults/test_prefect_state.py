@@ -23,7 +23,7 @@ def ask(api: str, what: str, body: dict[str, Any]) -> list[dict[str, Any]]:
     return found
 
 
-def kill_in_the_middle(place: Place, **environment: str) -> str:
+def kill_in_the_middle(place: Place, **environment: Any) -> str:
     """Kill a run under Prefect while it samples; the id of its flow run."""
     state = place.home / "experiments/small/state.json"
     with started(place, SMALL, *SLOW, **environment) as process:
