@@ -104,11 +104,9 @@ def run(
         finally:
             stopping.set()
             close_engines()
-    from tasks.reporting import write_report
-
     for table in iteration_tables(experiment.iterations()):
         out.print(table)
-    out.print(f"Report: {write_report(experiment)}", soft_wrap=True)
+    out.print(f"Report: {experiment.folder / 'report.html'}", soft_wrap=True)
 
 
 @app.command()

@@ -156,8 +156,8 @@ def rest_em(config: RestEM) -> ModelRef:
                     policy, config.template, held_out, config.evaluation, config.gate, config.engine, config.marker
                 )
                 incumbent = promote(experiment, "dpo", challenger, incumbent, config.gate, scored=scored)
-        publish_report(experiment)
-        return incumbent.policy
+    publish_report(experiment)
+    return incumbent.policy
 
 
 def open_base(config: RestEM) -> ModelRef:

@@ -50,7 +50,7 @@ class IterationRecord(BaseModel):
 
     model_config = ConfigDict(frozen=True)
 
-    run: str  # that wrote it
+    run: str = ""  # that wrote it
     iteration: int  # 0 is the base
     label: str  # "base", "iteration 1", "dpo"
     policy: dict[str, Any]  # a ModelRef

@@ -13,7 +13,8 @@ from models.specs import Fake, ModelRef, OpenAI, PromptTemplate, Sampling
 from storage.datasets import DatasetRef, read_rows, write_rows
 from storage.rows import Prompt, Rollout, ScoredRollout
 from tasks import caching
-from tasks.sampling import ShardsFailed, sample_rollouts
+from tasks.drawing import ShardsFailed
+from tasks.sampling import sample_rollouts
 from tasks.scoring import score_answers
 from tasks.serving import close_engines, rollouts_generated
 from tests.faults.harness import Driver, Place, in_ledger, stored

@@ -13,7 +13,8 @@ from models.specs import Fake, ModelRef, PromptTemplate, Sampling
 from storage.datasets import DatasetRef, read_rows, write_rows
 from storage.rows import Prompt, Rollout
 from tasks import caching
-from tasks.sampling import ShardsFailed, rollout_seed, sample_rollouts
+from tasks.drawing import ShardsFailed, rollout_seed
+from tasks.sampling import sample_rollouts
 from tasks.serving import rollouts_generated, stop, stopping
 from tests.flows.builders import heard
 
