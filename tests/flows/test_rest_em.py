@@ -109,7 +109,7 @@ def test_a_run_is_recorded_in_prefect_and_a_second_one_is_all_cached(prefect: st
     assert first.state == "Completed"
     assert set(Counter(state for states in first.tasks.values() for state in states)) == {"Completed"}
     assert {f"it1 sample_rollouts shard {number}" for number in range(4)} <= set(first.tasks)  # 40 prompts, 10 a shard
-    assert {"load_prompts", "it0 evaluate_answers", "it2 train_sft", "it3 train_preferences"} <= set(first.tasks)
+    assert {"load_prompts", "it0 test evaluate_answers", "it2 train_sft", "it3 train_preferences"} <= set(first.tasks)
     assert stored(Experiment("rest-em-smoke")) == undisturbed
     check_artifacts({one["key"]: one for one in found(prefect, "artifacts", {})})
 
@@ -270,7 +270,7 @@ def test_a_run_that_is_stopped_while_it_samples_goes_on_where_it_was(
     assert process.stderr is not None
     try:
         for line in process.stderr:
-            if line.startswith("it0   score_answers"):  # dev is drawn, 160 rows; 4 s of rollouts on test come next
+            if line.startswith("it0 dev  score_answers"):  # dev is drawn, 160 rows; 4 s of rollouts on test come next
                 break
         process.send_signal(number)
         _, err = process.communicate(timeout=10)
