@@ -28,6 +28,7 @@ from flows.terminal import (
     garbage_lines,
     iteration_tables,
     plan_table,
+    published_table,
     status_tables,
     trace_lines,
     why_lines,
@@ -37,8 +38,11 @@ from storage.experiments import Experiment, experiments
 from storage.home import home
 
 # recipe -> module; each module has a config class and a flow, named here so that nothing heavy is imported to list them
-RECIPES = {"rest_em": ("flows.rest_em", "RestEM", "rest_em")}
-COMING = ("generator_evaluator", "spin", "autoif", "instruct_tuning")
+RECIPES = {
+    "rest_em": ("flows.rest_em", "RestEM", "rest_em"),
+    "generator_evaluator": ("flows.generator_evaluator", "GeneratorEvaluator", "generator_evaluator"),
+}
+COMING = ("spin", "autoif", "instruct_tuning")
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__)
 WIDTH = None if sys.stdout.isatty() else 140  # a log file is read in a wide window
@@ -104,8 +108,13 @@ def run(
         finally:
             stopping.set()
             close_engines()
-    for table in iteration_tables(experiment.iterations()):
+    from tasks.reporting import published_rows
+
+    records = experiment.iterations()
+    for table in iteration_tables(records):
         out.print(table)
+    if figures := published_rows(experiment.config(), records):
+        out.print(published_table(figures))
     out.print(f"Report: {experiment.folder / 'report.html'}", soft_wrap=True)
 
 
