@@ -5,37 +5,25 @@ Exit codes: 0 done, 1 the run failed, 2 the configuration is wrong (and nothing 
 
 import contextlib
 import importlib
-import json
 import logging
 import os
 import shlex
 import signal
-import sys
 import warnings
 from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 from types import FrameType
-from typing import Annotated, Any, NoReturn
+from typing import Annotated
 
 import typer
-from rich.console import Console
 
+from flows import inspecting
+from flows.console import HomeOption, JsonOption, err, fail, out, print_json, use_home
 from flows.presets import Preset, PresetError
 from flows.server import ServerError, configure_prefect, private_server
-from flows.terminal import (
-    Lines,
-    garbage_lines,
-    iteration_tables,
-    plan_table,
-    published_table,
-    status_tables,
-    trace_lines,
-    why_lines,
-)
-from storage.datasets import DatasetError
-from storage.experiments import Experiment, experiments
-from storage.home import home
+from flows.terminal import Lines, iteration_tables, plan_table, published_table
+from storage.experiments import Experiment
 
 # recipe -> module; each module has a config class and a flow, named here so that nothing heavy is imported to list them
 RECIPES = {
@@ -45,15 +33,9 @@ RECIPES = {
 COMING = ("spin", "autoif", "instruct_tuning")
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__)
-WIDTH = None if sys.stdout.isatty() else 140  # a log file is read in a wide window
-out = Console(highlight=False, width=WIDTH)
-err = Console(stderr=True, highlight=False, width=WIDTH, soft_wrap=True)
 
 PresetArgument = Annotated[Path, typer.Argument(help="a preset, for instance deployments/presets/rest_em/tiny.yaml")]
 SetOption = Annotated[list[str] | None, typer.Option("--set", help="a.b=c, over the preset; may be given again")]
-HomeOption = Annotated[str | None, typer.Option("--home", help="where everything is kept; else RATCHET_HOME")]
-JsonOption = Annotated[bool, typer.Option("--json", help="for programs")]
-ExperimentOption = Annotated[str | None, typer.Option("--experiment", help="only this one")]
 
 
 class Recipe:
@@ -83,7 +65,7 @@ def run(
     ] = False,
 ) -> None:
     """Run an experiment, or continue it: what is done already is reused."""
-    _use_home(home_)
+    use_home(home_)
     recipe = _checked(preset, set_)
     from tasks.recording import listening
     from tasks.serving import close_engines, stopping
@@ -101,10 +83,10 @@ def run(
             err.print(told, style="bold", markup=False)
             raise typer.Exit(130) from None
         except ServerError as error:
-            _fail(f"{error}\nGo on without it: {plain}", 1)
+            fail(f"{error}\nGo on without it: {plain}", 1)
         except Exception as error:  # the one place that turns a failed run into a message and an exit code
             logging.getLogger("ratchet").debug("the run failed", exc_info=True)
-            _fail(f"The run failed: {error}\nWhat is done is kept; go on with:\n  {go_on}", 1)
+            fail(f"The run failed: {error}\nWhat is done is kept; go on with:\n  {go_on}", 1)
         finally:
             stopping.set()
             close_engines()
@@ -121,7 +103,7 @@ def run(
 @app.command()
 def plan(preset: PresetArgument, set_: SetOption = None, home_: HomeOption = None, json_: JsonOption = False) -> None:
     """Check everything, show what would run and what is cached; no model is loaded and nothing is written."""
-    _use_home(home_)
+    use_home(home_)
     recipe = _checked(preset, set_)
     from tasks.checking import first_prompts
     from tasks.planning import planning
@@ -131,7 +113,7 @@ def plan(preset: PresetArgument, set_: SetOption = None, home_: HomeOption = Non
     prompts = first_prompts(recipe.config)
     if json_:
         steps = [step._asdict() for step in planned]
-        _print_json({"config": recipe.config.model_dump(mode="json"), "steps": steps, "first_prompts": prompts})
+        print_json({"config": recipe.config.model_dump(mode="json"), "steps": steps, "first_prompts": prompts})
         return
     out.print(plan_table(planned))
     for label, text in prompts.items():
@@ -139,138 +121,26 @@ def plan(preset: PresetArgument, set_: SetOption = None, home_: HomeOption = Non
         out.print(text, markup=False)
 
 
-@app.command()
-def status(
-    experiment: Annotated[str | None, typer.Argument(help="only this one")] = None,
-    home_: HomeOption = None,
-    json_: JsonOption = False,
-) -> None:
-    """Where the experiments of the home stand."""
-    _use_home(home_)
-    found = [_experiment(experiment)] if experiment else experiments()
-    if json_:
-        from tasks.reporting import facts
-
-        _print_json([facts(one) for one in found])
-        return
-    if not found:
-        out.print(f"no experiment in {home()} yet; start one with: ratchet run PRESET")
-    for one in found:
-        for table in status_tables(one):
-            out.print(table)
-
-
-@app.command()
-def show(
-    reference: Annotated[
-        str, typer.Argument(help="datasets/<step>/<digest>, models/<digest>, or a digest's beginning")
-    ],
-    rows: Annotated[int, typer.Option("--rows", "-n", help="how many rows")] = 3,
-    home_: HomeOption = None,
-    json_: JsonOption = False,
-) -> None:
-    """What a data set or a model is, where it came from, and its first rows."""
-    _use_home(home_)
-    from tasks.showing import describe
-
-    try:
-        described = describe(reference, rows)
-    except (DatasetError, ValueError) as error:
-        _fail(str(error), 2)
-    if json_:
-        _print_json(described)
-    else:
-        out.print_json(json.dumps(described, ensure_ascii=False))
-
-
-@app.command()
-def why(
-    step: Annotated[str, typer.Argument(help="a step as `ratchet status` lists it, for instance train_sft")],
-    experiment: ExperimentOption = None,
-    iteration: Annotated[
-        int | None, typer.Option(help="only this one; else all that its last run went through")
-    ] = None,
-    home_: HomeOption = None,
-    json_: JsonOption = False,
-) -> None:
-    """Why a step ran or was reused: which part of its key changed between its last two runs."""
-    _use_home(home_)
-    from tasks.explaining import explain
-
-    try:
-        explained = explain(step, experiment, iteration)
-    except ValueError as error:
-        _fail(str(error), 2)
-    if json_:
-        _print_json([one.model_dump(mode="json") for one in explained])
-        return
-    for line in why_lines(explained):
-        out.print(line, markup=False, soft_wrap=True)
-
-
-@app.command()
-def trace(
-    row: Annotated[str, typer.Argument(help="a prompt_id or its beginning; with /3 behind it, its rollout 3 only")],
-    experiment: ExperimentOption = None,
-    home_: HomeOption = None,
-    json_: JsonOption = False,
-) -> None:
-    """Follow a row: prompt, rollouts, verdicts, what was learnt from it, which policy came of that, evaluation."""
-    _use_home(home_)
-    from tasks.tracing import trace as follow
-
-    try:
-        followed = follow(row, experiment)
-    except ValueError as error:
-        _fail(str(error), 2)
-    if json_:
-        _print_json(followed.model_dump(mode="json"))
-        return
-    for line in trace_lines(followed):
-        out.print(line, markup=False, soft_wrap=True)
-
-
-@app.command()
-def gc(
-    delete: Annotated[bool, typer.Option("--delete", help="remove it; else it is only listed")] = False,
-    older_than: Annotated[float, typer.Option(min=0, metavar="DAYS", help="leave alone what is younger")] = 7.0,
-    home_: HomeOption = None,
-    json_: JsonOption = False,
-) -> None:
-    """List, or remove, what no experiment refers to any more."""
-    _use_home(home_)
-    from storage.collecting import collect_garbage
-    from storage.locks import LockedError
-
-    try:
-        found = collect_garbage(older_than_days=older_than, delete=delete)
-    except LockedError as error:
-        _fail(f"Nothing was removed: {error}", 1)
-    if json_:
-        _print_json({"deleted": delete, "garbage": [garbage._asdict() for garbage in found]})
-        return
-    for line in garbage_lines(found, deleted=delete, older_than_days=older_than):
-        out.print(line, markup=False, soft_wrap=True)
-
-
-@app.command()
-def report(experiment: str, home_: HomeOption = None) -> None:
-    """Write an experiment's HTML and JSON report again, from what is stored, and say where it is."""
-    _use_home(home_)
-    from tasks.reporting import write_report
-
-    out.print(str(write_report(_experiment(experiment))))
+for inspect in (
+    inspecting.status,
+    inspecting.show,
+    inspecting.report,
+    inspecting.why,
+    inspecting.trace,
+    inspecting.gc,
+):
+    app.command()(inspect)
 
 
 @app.command()
 def doctor(home_: HomeOption = None, json_: JsonOption = False) -> None:
     """Whether this machine has what a run needs, each thing with what to do about it."""
-    _use_home(home_)
+    use_home(home_)
     from flows.doctor import examine
 
     findings = examine()
     if json_:
-        _print_json([finding._asdict() for finding in findings])
+        print_json([finding._asdict() for finding in findings])
     else:
         for finding in findings:
             out.print(f"[{'green' if finding.good else 'red'}]{'ok ' if finding.good else 'BAD'}[/] {finding.text}")
@@ -281,7 +151,7 @@ def doctor(home_: HomeOption = None, json_: JsonOption = False) -> None:
 @app.command()
 def ui(home_: HomeOption = None) -> None:
     """Serve the Prefect UI over the home's own database until Ctrl-C, to look at runs that have ended."""
-    _use_home(home_)
+    use_home(home_)
     configure_prefect()
     with contextlib.suppress(KeyboardInterrupt), private_server() as address:
         out.print(f"Prefect UI: {address}  (Ctrl-C ends it)")
@@ -331,28 +201,16 @@ def _checked(path: Path, overrides: list[str] | None) -> Recipe:
 
         found = faults(recipe.config)
     except PresetError as error:
-        _fail(str(error), 2)
+        fail(str(error), 2)
     if found:
-        _fail(f"{path} cannot be run:\n" + "\n".join(f"  {fault}" for fault in found), 2)
+        fail(f"{path} cannot be run:\n" + "\n".join(f"  {fault}" for fault in found), 2)
     return recipe
-
-
-def _experiment(name: str) -> Experiment:
-    known = [one.name for one in experiments()]
-    if name not in known:
-        _fail(f"there is no experiment {name!r} in {home()}; there are: {', '.join(known) or 'none yet'}", 2)
-    return Experiment(name)
 
 
 def _command(preset: Path, overrides: list[str] | None, folder: str | None) -> str:
     """The command line that continues this run."""
     options = [part for override in overrides or () for part in ("--set", override)]
     return shlex.join(["ratchet", "run", str(preset), *options, *(["--home", folder] if folder else [])])
-
-
-def _use_home(folder: str | None) -> None:
-    if folder is not None:
-        os.environ["RATCHET_HOME"] = folder
 
 
 @contextlib.contextmanager
@@ -370,15 +228,6 @@ def _stopping_at_signals() -> Iterator[None]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-
-
-def _print_json(value: Any) -> None:
-    sys.stdout.write(json.dumps(value, indent=1, ensure_ascii=False) + "\n")
-
-
-def _fail(message: str, code: int) -> NoReturn:
-    err.print(message, style="red", markup=False)
-    raise typer.Exit(code)
 
 
 if __name__ == "__main__":

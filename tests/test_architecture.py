@@ -24,6 +24,7 @@ def test_a_package_of_ours_is_the_one_in_this_repository(package: str) -> None:
     assert importlib.import_module(package).__path__ == [str(REPOSITORY / package)]
 
 
+@pytest.mark.flow  # a process of its own
 def test_importing_any_flow_or_the_command_loads_no_heavy_library() -> None:
     modules = ["flows.__main__", *(module for module, _, _ in RECIPES.values())]
     heavy = ("vllm", "torch", "trl", "transformers", "datasets", "accelerate", "peft", "matplotlib")

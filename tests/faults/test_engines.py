@@ -20,6 +20,8 @@ from tasks.serving import close_engines, rollouts_generated
 from tests.faults.harness import Driver, Place, in_ledger, stored
 from tests.models.test_openai_engine import failing, ok, serving
 
+pytestmark = pytest.mark.flow  # whole runs on the fake engine
+
 FAILING = "79 + 45"  # the first of the small preset's training prompts
 Answer = Callable[[int, dict[str, Any]], tuple[int, dict[str, str], bytes]]
 

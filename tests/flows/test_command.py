@@ -15,6 +15,8 @@ from storage.experiments import Experiment
 from tests.flows.builders import SMOKE, stored, tree
 from tests.models.tiny_fixture import save_tokenizer
 
+pytestmark = pytest.mark.flow  # whole runs on the fake engine
+
 Files = Callable[[Path], list[str]]  # makes files in a folder, returns --set options and the like
 
 

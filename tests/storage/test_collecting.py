@@ -21,6 +21,8 @@ from tests.flows.builders import heard, run_plainly, tree
 from tests.light import lighten
 from tests.storage.builders import rollout
 
+pytestmark = pytest.mark.flow  # whole runs on the fake engine
+
 SMALL = ("iterations=1", "dpo=null")
 
 

@@ -12,6 +12,8 @@ from tasks.caching import STEPS
 from tasks.explaining import Explanation, explain
 from tests.flows.builders import run_plainly
 
+pytestmark = pytest.mark.flow  # whole runs on the fake engine
+
 
 def again(*overrides: str) -> None:
     """Run the experiment of the fixture once more, but for its last stage."""

@@ -2,6 +2,8 @@
 
 from pathlib import Path
 
+import pytest
+
 from models.specs import ModelRef, PromptTemplate
 from storage.datasets import DatasetRef, write_rows
 from storage.experiments import Experiment
@@ -13,6 +15,8 @@ from tasks.promotion import Gate
 from tasks.recording import experiment_run, iteration
 from tests.flows.builders import run_plainly, tree
 from tests.tasks.builders import evaluated
+
+pytestmark = pytest.mark.flow  # whole runs on the fake engine
 
 
 def contender(name: str, correct: int) -> Contender:

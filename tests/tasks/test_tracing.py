@@ -16,6 +16,8 @@ from storage.rows import Demonstration, Pair, Prompt, Rollout, ScoredRollout
 from tasks.tracing import ExperimentTrace, trace
 from tests.flows.builders import run_plainly
 
+pytestmark = pytest.mark.flow  # whole runs on the fake engine
+
 
 def made_by(experiment: Experiment, step: str, row_type: str, folder: str, call: int = 0) -> DatasetRef:
     """The data set that a call of a step made."""

@@ -1,0 +1,33 @@
+"""The terminal as the command's parts share it: two consoles, common options, and how a command fails."""
+
+import json
+import os
+import sys
+from typing import Annotated, Any, NoReturn
+
+import typer
+from rich.console import Console
+
+WIDTH = None if sys.stdout.isatty() else 140  # a log file is read in a wide window
+out = Console(highlight=False, width=WIDTH)
+err = Console(stderr=True, highlight=False, width=WIDTH, soft_wrap=True)
+
+HomeOption = Annotated[str | None, typer.Option("--home", help="where everything is kept; else RATCHET_HOME")]
+JsonOption = Annotated[bool, typer.Option("--json", help="for programs")]
+
+
+def use_home(folder: str | None) -> None:
+    """Let the home be this folder, if one is named."""
+    if folder is not None:
+        os.environ["RATCHET_HOME"] = folder
+
+
+def print_json(value: Any) -> None:
+    """Write a value for programs."""
+    sys.stdout.write(json.dumps(value, indent=1, ensure_ascii=False) + "\n")
+
+
+def fail(message: str, code: int) -> NoReturn:
+    """End the command with a message and an exit code."""
+    err.print(message, style="red", markup=False)
+    raise typer.Exit(code)
