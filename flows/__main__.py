@@ -22,12 +22,15 @@ from flows import inspecting
 from flows.console import HomeOption, JsonOption, err, fail, out, print_json, use_home
 from flows.presets import Preset, PresetError
 from flows.server import ServerError, configure_prefect, private_server
-from flows.terminal import Lines, iteration_tables, plan_table
+from flows.terminal import Lines, iteration_tables, plan_table, published_table
 from storage.experiments import Experiment
 
 # recipe -> module; each module has a config class and a flow, named here so that nothing heavy is imported to list them
-RECIPES = {"rest_em": ("flows.rest_em", "RestEM", "rest_em")}
-COMING = ("generator_evaluator", "spin", "autoif", "instruct_tuning")
+RECIPES = {
+    "rest_em": ("flows.rest_em", "RestEM", "rest_em"),
+    "generator_evaluator": ("flows.generator_evaluator", "GeneratorEvaluator", "generator_evaluator"),
+}
+COMING = ("spin", "autoif", "instruct_tuning")
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__)
 
@@ -87,8 +90,13 @@ def run(
         finally:
             stopping.set()
             close_engines()
-    for table in iteration_tables(experiment.iterations()):
+    from tasks.reporting import published_rows
+
+    records = experiment.iterations()
+    for table in iteration_tables(records):
         out.print(table)
+    if figures := published_rows(experiment.config(), records):
+        out.print(published_table(figures))
     out.print(f"Report: {experiment.folder / 'report.html'}", soft_wrap=True)
 
 

@@ -18,6 +18,7 @@ from storage.experiments import Experiment, IterationRecord, StepRecord
 if TYPE_CHECKING:
     from tasks.planning import PlannedStep
     from tasks.recording import Progress as RowProgress
+    from tasks.reporting import PublishedFigure
 
 PLAIN_SECONDS = 10.0  # between two progress lines where there is no bar
 
@@ -119,6 +120,17 @@ def status_tables(experiment: Experiment) -> Iterator[Any]:
             _counts(record.counts),
         )
     yield steps
+
+
+def published_table(rows: "Sequence[PublishedFigure]") -> Table:
+    """Each published figure, and ours beside it."""
+    table = Table(title="Published, and ours, % (95 % interval)", title_justify="left")
+    for heading, justify in (("policy", "left"), ("strategy", "left"), ("published", "right"), ("ours", "right")):
+        table.add_column(heading, justify=justify)  # type: ignore[arg-type] # rich's own Literal
+    for row in rows:
+        ours = "not run" if row.ours is None else _percent(row.ours)
+        table.add_row(row.label, row.strategy, "-" if row.published is None else f"{row.published:g}", ours)
+    return table
 
 
 def plan_table(planned: "Sequence[PlannedStep]") -> Table:

@@ -10,6 +10,7 @@ import re
 import threading
 import time
 from collections.abc import Iterable, Iterator, Sequence
+from math import log
 from pathlib import Path
 from typing import NamedTuple, Self
 
@@ -24,6 +25,10 @@ SLIPS = (  # (share of the completions that are not right, what is wrong)
     (0.08, "two answers"),
     (0.07, "truncated"),
 )
+
+
+YES, NO = frozenset({"Correct", "True", "Yes"}), frozenset({"Incorrect", "Wrong", "False", "No"})
+_SHOWN = re.compile(r"(\d+) \+ (\d+)\?.*?(\d+)(?=\D*\Z)", re.DOTALL)  # a question for a sum, and the last number after
 
 
 class FakeEngine:
@@ -53,9 +58,15 @@ class FakeEngine:
             yield _completion(skill, request, sampling)
 
     def score(self, messages: Sequence[Message], continuations: Sequence[str]) -> list[list[float]]:
-        """One log-probability for each word of a continuation, between -3 and 0."""
+        """One log-probability for each word of a continuation, between -3 and 0.
+
+        Asked whether a sum is right, it judges with some skill: the words of `YES` and `NO` share nearly all chance.
+        """
         skill, prompt = self._ready_skill(), _prompt(messages)
         self._refuse_failing(messages)
+        if (shown := _shown_sum(prompt)) is not None and all(text in YES | NO for text in continuations):
+            sure = _verdict(skill, prompt, right=shown)
+            return [[log(0.98 * (sure if text in YES else 1 - sure))] for text in continuations]
         return [
             [-3 * _draw(skill, prompt, continuation, place) for place, _ in enumerate(continuation.split())]
             for continuation in continuations
@@ -184,6 +195,19 @@ def _asked(prompt: str) -> _Sum | None:
     """The last two integers of the prompt: few-shot examples come before the question."""
     numbers = [int(number) for number in re.findall(r"\d+", prompt)]
     return _Sum(numbers[-2], numbers[-1]) if len(numbers) >= 2 else None
+
+
+def _shown_sum(prompt: str) -> bool | None:
+    """Whether the last number shown is the sum asked for; None: no such thing is shown."""
+    found = _SHOWN.search(prompt)
+    return None if found is None else int(found[1]) + int(found[2]) == int(found[3])
+
+
+def _verdict(skill: float, prompt: str, *, right: bool) -> float:
+    """The chance of a positive label: on the right side more often, the higher the skill."""
+    sees_it = _draw(skill, prompt, "judge") < 0.6 + 0.4 * skill
+    sure = 0.5 + 0.49 * _draw(skill, prompt, "sure")
+    return sure if right is sees_it else 1 - sure
 
 
 def _prompt(messages: Sequence[Message]) -> str:

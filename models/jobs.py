@@ -33,6 +33,7 @@ class SFTJob(PolicyJob):
 
     kind: Literal["sft"] = "sft"
     settings: SFT
+    held_out: tuple[Path, ...] = ()  # Parquet files like `rows`, not trained on: their loss is logged for each task
 
 
 class PreferenceJob(PolicyJob):

@@ -11,7 +11,7 @@ import os
 import shutil
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -63,7 +63,8 @@ def fit_sft(job: SFTJob) -> TrainingOutcome:
         processing_class=tokenizer,
         peft_config=_new_adapter(job, job.settings),
     )
-    return _train(trainer, job, job.settings, len(rows), dropped)
+    held_out = {task: _dataset(rows) for task, rows in held_out_rows(job, tokenizer).items()}
+    return _train(trainer, job, job.settings, len(rows), dropped, held_out)
 
 
 def fit_preferences(job: PreferenceJob) -> TrainingOutcome:
@@ -107,18 +108,24 @@ def sft_rows(job: SFTJob, tokenizer: Tokenizer) -> tuple[list[dict[str, Any]], C
     Raises:
         ValueError: no row is left.
     """
-    import numpy as np
-
     kept, dropped = [], Counter[str]()
     for prompt, completion in read_columns(job.rows, ("prompt", "completion")):
-        prompt_ids, (ids,) = _render(tokenizer, job.template, prompt, completion)
-        if len(prompt_ids) + len(ids) > job.settings.max_length:
+        row = _sft_row(job, tokenizer, prompt, completion)
+        if row is None:
             dropped[TOO_LONG] += 1
-            continue
-        labels = [-100] * len(prompt_ids) + ids
-        kept.append({"input_ids": np.array(prompt_ids + ids, np.int32), "labels": np.array(labels, np.int32)})
+        else:
+            kept.append(row)
     _check_some_left(job, len(kept), dropped)
     return kept, dropped
+
+
+def held_out_rows(job: SFTJob, tokenizer: Tokenizer) -> dict[str, list[dict[str, Any]]]:
+    """The rows of each task that are not trained on, as `sft_rows` makes them; those too long are left out."""
+    tasks: dict[str, list[dict[str, Any]]] = {}
+    for task, prompt, completion in read_columns(job.held_out, ("task", "prompt", "completion")):
+        if (row := _sft_row(job, tokenizer, prompt, completion)) is not None:
+            tasks.setdefault(task, []).append(row)
+    return dict(sorted(tasks.items()))
 
 
 def preference_rows(job: PreferenceJob, tokenizer: Tokenizer) -> tuple[list[dict[str, Any]], Counter[str]]:
@@ -169,6 +176,16 @@ def split_batch(settings: Optimization, rows: int, devices: int) -> Batching:
     return Batching(per_device, accumulation, steps)
 
 
+def _sft_row(job: SFTJob, tokenizer: Tokenizer, prompt: str, completion: str) -> dict[str, Any] | None:
+    import numpy as np
+
+    prompt_ids, (ids,) = _render(tokenizer, job.template, prompt, completion)
+    if len(prompt_ids) + len(ids) > job.settings.max_length:
+        return None
+    labels = [-100] * len(prompt_ids) + ids
+    return {"input_ids": np.array(prompt_ids + ids, np.int32), "labels": np.array(labels, np.int32)}
+
+
 def _render(
     tokenizer: Tokenizer, template: PromptTemplate, prompt: str, *completions: str
 ) -> tuple[list[int], list[list[int]]]:
@@ -204,6 +221,7 @@ def _arguments(job: Job, settings: Optimization, rows: int) -> dict[str, Any]:
     return {
         "output_dir": str(job.checkpoints),
         "per_device_train_batch_size": batching.per_device,
+        "per_device_eval_batch_size": batching.per_device,
         "gradient_accumulation_steps": batching.accumulation,
         "max_steps": batching.optimizer_steps,
         "learning_rate": settings.learning_rate,
@@ -307,7 +325,14 @@ def _dpo_trainer() -> Any:
     return OnOurIds
 
 
-def _train(trainer: Any, job: PolicyJob, settings: Optimization, rows: int, dropped: Counter[str]) -> TrainingOutcome:
+def _train(
+    trainer: Any,
+    job: PolicyJob,
+    settings: Optimization,
+    rows: int,
+    dropped: Counter[str],
+    held_out: Mapping[str, Any] | None = None,  # task -> datasets.Dataset
+) -> TrainingOutcome:
     from transformers import PrinterCallback
 
     belongs_to = {"settings": settings.key(), "rows": rows, "template": job.template.key()}
@@ -318,9 +343,13 @@ def _train(trainer: Any, job: PolicyJob, settings: Optimization, rows: int, drop
     checkpoint = _from_first_process(checkpoint)
     if checkpoint:
         trainer._total_train_tokens = json.loads((checkpoint / WHOLE).read_text())["tokens"]  # TRL starts again at 0
+    if checkpoint is None:
+        job.metrics.unlink(missing_ok=True)  # of an attempt that left no checkpoint
+        _log_held_out(trainer, job, held_out or {})
     started = time.monotonic()
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     seconds = time.monotonic() - started
+    _log_held_out(trainer, job, held_out or {})
     _save(trainer, job, settings)
     return TrainingOutcome(
         optimizer_steps=trainer.state.global_step,
@@ -330,6 +359,18 @@ def _train(trainer: Any, job: PolicyJob, settings: Optimization, rows: int, drop
         seconds=seconds,
         metrics=job.metrics,
     )
+
+
+def _log_held_out(trainer: Any, job: PolicyJob, held_out: Mapping[str, Any]) -> None:
+    """Add the loss of each task on rows that are not trained on to the metrics: "eval_loss/<task>"."""
+    for task, rows in held_out.items():
+        loss = trainer.evaluate(rows)["eval_loss"]
+        if trainer.is_world_process_zero():
+            job.metrics.parent.mkdir(parents=True, exist_ok=True)
+            with job.metrics.open("a") as lines:
+                row = {"optimizer_step": trainer.state.global_step, "name": f"eval_loss/{task}", "value": loss}
+                lines.write(json.dumps(row) + "\n")
+            logger.info("optimizer step %d: %s, held-out loss %.4f", trainer.state.global_step, task, loss)
 
 
 def _score_completions_only() -> None:

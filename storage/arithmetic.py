@@ -22,6 +22,8 @@ THINGS = ("apples", "books", "coins", "marbles", "pencils", "shells", "stamps", 
 CONTAINERS = ("bags", "baskets", "boxes", "jars")
 # How the completions of a base corpus are written, and how often (TINY.md): a model that can, but often does not.
 MIX = {"right": 36, "bare_answer": 7, "no_marker": 30, "mistake": 27}
+QUALITIES = {"right": {"right": 1}, "mixed": MIX, "wrong": {"mistake": 1, "slip": 1}}
+SLIPS = (-10, -3, -2, -1, 1, 2, 3, 10)  # how far off one value of a slip is
 
 
 class Arithmetic(BaseModel):
@@ -34,7 +36,8 @@ class Arithmetic(BaseModel):
     seed: int = Field(default=0, ge=0)
     split: Literal["train", "test"] = "train"
     max_steps: int = Field(default=3, ge=1, le=3)  # word problems with more steps are left out
-    quality: Literal["right", "mixed"] = "right"  # mixed: a base corpus, with mistakes and without the marker at times
+    # mixed: a base corpus, with mistakes and without the marker at times; wrong: a mistake or a slip in each, marked
+    quality: Literal["right", "mixed", "wrong"] = "right"
 
 
 class Problem(NamedTuple):
@@ -92,7 +95,7 @@ def make_problems(settings: Arithmetic) -> Iterator[Problem]:
             continue
         draws_in_vain = 0
         seen.add(story.text)
-        quality = "right" if settings.quality == "right" else _choose(quality_rng, MIX)
+        quality = _choose(quality_rng, QUALITIES[settings.quality])
         yield Problem(story.text, write_completion(story.steps, quality, quality_rng), str(_values(story.steps)[-1]))
 
 
@@ -103,7 +106,9 @@ def split_of(template: str, numbers: Sequence[int]) -> Literal["train", "test"]:
 
 
 def write_completion(steps: Sequence[Step], quality: str, rng: random.Random) -> str:
-    """A solution of the given quality, a key of `MIX`; a mistake always leads to a wrong answer."""
+    """A solution of the given quality, a key of `MIX` or "slip"; a mistake or slip always leads to a wrong answer."""
+    if quality == "slip":
+        return _with_a_slip(steps, rng)
     if quality == "mistake":
         steps, answer = _with_a_mistake(steps, rng)
     else:
@@ -150,6 +155,20 @@ def _with_a_mistake(steps: Sequence[Step], rng: random.Random) -> tuple[Sequence
     wrong = [(changed, answer) for changed, answer in _mistakes(steps) if answer != _values(steps)[-1]]
     likely = [(changed, answer) for changed, answer in wrong if all(0 <= v <= LARGEST_VALUE for v in _values(changed))]
     return rng.choice(likely or wrong)
+
+
+def _with_a_slip(steps: Sequence[Step], rng: random.Random) -> str:
+    """The solution with one value miscounted and carried through."""
+    while True:
+        place, off = rng.randrange(len(steps)), rng.choice(SLIPS)
+        values: list[int] = []
+        lines = []
+        for n, step in enumerate(steps):
+            left, right = _number(step.left, values), _number(step.right, values)
+            values.append(_values([Step(left, step.sign, right)])[0] + (off if n == place else 0))
+            lines.append(f"{left} {step.sign} {right} = {values[-1]}")
+        if min(values) >= 0 and values[-1] != _values(steps)[-1]:
+            return "\n".join([*lines, f"{MARKER} {values[-1]}"])
 
 
 def _mistakes(steps: Sequence[Step]) -> Iterator[tuple[Sequence[Step], int]]:

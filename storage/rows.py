@@ -56,9 +56,45 @@ class ScoredRollout(Row):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Demonstration(Row):
-    """A completion to imitate. Key: (prompt_id, iteration, rollout_index)."""
+class JudgedRollout(Row):
+    """A rollout and what a judge thinks of it, without any gold answer. Key: (prompt_id, rollout_index)."""
 
+    prompt_id: str
+    rollout_index: int
+    prompt: str
+    completion: str
+    completion_tokens: int
+    finish_reason: str
+    cumulative_logprob: float | None
+    policy: str  # identity of the model that wrote the rollout
+    answer: str | None  # the final answer found in the completion; None: there is none
+    confidence: float | None  # that it is right, in [0, 1]; None: the judge did not say
+    positive_logprob: float | None  # natural log, summed over the label's tokens
+    negative_logprob: float | None
+    judge: str  # identity of the model that judged
+    reason: str  # "judged", "no label", "empty completion", "engine error", "not scored: ..."
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Calibration(Row):
+    """How far a judge can be trusted, one figure. Key: (judge, writer, group, name)."""
+
+    judge: str  # identity of the model that judged
+    writer: str  # "own": the judge's own rollouts; else whose they are
+    group: str  # "all", or a range of difficulty: "solved 25-50 %"
+    name: str  # "auroc", "ece", "accuracy", "mean confidence", "share correct"
+    value: float
+    low: float | None  # 95 % interval over prompts; None: not figured
+    high: float | None
+    n: int  # rollouts
+    prompts: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Demonstration(Row):
+    """A completion to imitate. Key: (task, prompt_id, iteration, rollout_index)."""
+
+    task: str  # "solve": the completion answers the prompt; "judge": it says whether a rollout in the prompt is right
     prompt_id: str
     rollout_index: int | None  # None: not sampled (a human or procedural solution)
     iteration: int
@@ -91,7 +127,7 @@ class EvaluatedPrompt(Row):
     """What one strategy scored on one held-out prompt. Key: (strategy, prompt_id)."""
 
     prompt_id: str
-    strategy: str  # "greedy", "mean@1", "best-of-5 by likelihood", "pass@16", "maj@16"
+    strategy: str  # "greedy", "mean@1", "best-of-5 by likelihood", "pass@16", "maj@16", "maj@16 with filter", ...
     value: float  # in [0, 1]
     rollouts: int  # n: rollouts the strategy looked at
     k: int

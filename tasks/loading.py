@@ -30,7 +30,7 @@ def load_prompts(source: Source, without: tuple[str, ...]) -> DatasetRef:
     return write_rows(prompts, Prompt, step="prompts", settings=source_key(source))
 
 
-@step(version="1", rows=lambda source, marker: sum(1 for _ in read_source(source)))
+@step(version="2", rows=lambda source, marker: sum(1 for _ in read_source(source)))
 def load_demonstrations(source: Source, marker: str) -> DatasetRef:
     """The prompts of a source with the completions it has for them."""
     return write_rows(demonstrations_of(source, marker), Demonstration, step="corpus", settings=source_key(source))
@@ -81,6 +81,7 @@ def demonstrations_of(source: Source, marker: str) -> Iterator[Demonstration]:
         if row.completion is None:
             raise ValueError(f"{name}: row {row.line} has no completion; name its column in columns.completion")
         yield Demonstration(
+            task="solve",
             prompt_id=prompt_id(name, row.prompt),
             rollout_index=None,
             iteration=0,

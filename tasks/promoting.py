@@ -10,14 +10,32 @@ from tasks.promotion import Decision, Gate
 from tasks.recording import current_iteration
 
 # Counts that are rows left after a stage, in order; a step's other counts are rows dropped, by reason.
-FUNNEL = ("sampled", "answered", "correct", "after_deduplication", "after_cap", "kept", "pairs", "trained_on")
-FUNNEL_STEPS = ("select_demonstrations", "pair_rollouts", "train_sft", "train_preferences")
+FUNNEL = (
+    "sampled",
+    "answered",
+    "correct",
+    "after_deduplication",
+    "after_cap",
+    "kept",
+    "solve_rows",
+    "judge_rows",
+    "pairs",
+    "trained_on",
+)
+FUNNEL_STEPS = (
+    "select_demonstrations",
+    "mix_tasks",
+    "pair_rollouts",
+    "pair_by_confidence",
+    "train_sft",
+    "train_preferences",
+)
 NO_STAGE = ("optimizer_steps",)
 
 
-def begin(experiment: Experiment, base: Contender) -> None:
+def begin(experiment: Experiment, base: Contender, **measured: DatasetRef) -> None:
     """Record the base as iteration 0; it stands until something better does."""
-    _record(experiment, "base", base, None, {})
+    _record(experiment, "base", base, None, measured)
 
 
 def promote(

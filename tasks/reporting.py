@@ -11,7 +11,7 @@ from storage.checkpoints import read_checkpoint_manifest
 from storage.datasets import DatasetError, DatasetRef, read_rows
 from storage.durable import put_file
 from storage.experiments import Experiment, IterationRecord
-from storage.rows import ScoredRollout, TrainingMetric
+from storage.rows import Calibration, ScoredRollout, TrainingMetric
 from tasks.observing import publish_markdown
 from tasks.planning import current_plan
 
@@ -25,6 +25,25 @@ class Sample(NamedTuple):
     label: str
     kind: str
     row: ScoredRollout
+
+
+class PublishedFigure(NamedTuple):
+    """A figure of a published table, in percent, and ours; None: the table leaves it open, or it was not run here."""
+
+    label: str
+    strategy: str
+    published: float | None
+    ours: dict[str, Any] | None  # value, low, high, n, k
+
+
+def published_rows(config: dict[str, Any], iterations: Sequence[IterationRecord]) -> list[PublishedFigure]:
+    """What the preset says was published (policy -> strategy -> percent), beside what this experiment measured."""
+    measured = {record.label: record.metrics for record in iterations}
+    return [
+        PublishedFigure(label, strategy, figure, measured.get(label, {}).get(strategy))
+        for label, figures in (config.get("published") or {}).items()
+        for strategy, figure in figures.items()
+    ]
 
 
 def write_report(experiment: Experiment) -> Path:
@@ -92,6 +111,8 @@ def render(experiment: Experiment) -> str:
         percent=lambda share: f"{100 * share:.1f}",
         accuracy_plot=_accuracy_plot(iterations),
         loss_plot=_loss_plot(iterations),
+        published=published_rows(config, iterations),
+        calibrations=[(record.label, table) for record in iterations if (table := _calibrations(record))],
         samples=[sample for record in iterations for sample in _samples(record)],
         steps=experiment.steps(run=experiment.state().run),
         config=json.dumps(config, indent=1),
@@ -141,6 +162,19 @@ def _samples(record: IterationRecord) -> Iterator[Sample]:
                 yield Sample(record.label, KINDS[row.reward], row)
     except DatasetError:  # the data set was removed since; the figures stand all the same
         return
+
+
+def _calibrations(record: IterationRecord) -> list[tuple[str, str, dict[str, Calibration]]]:
+    """(writer, group, figures by name) of the policy as a judge; empty where it judged nothing."""
+    if "calibration" not in record.references:
+        return []
+    table: dict[tuple[str, str], dict[str, Calibration]] = {}
+    try:
+        for row in read_rows(DatasetRef(**record.references["calibration"]), Calibration):
+            table.setdefault((row.writer, row.group), {})[row.name] = row
+    except DatasetError:  # removed since
+        return []
+    return [(writer, group, figures) for (writer, group), figures in table.items()]
 
 
 def _accuracy_plot(iterations: Sequence[IterationRecord]) -> Any:

@@ -16,7 +16,7 @@ class NothingKept(RuntimeError):
     """No rollout was good enough to train on."""
 
 
-@step(version="1", rows=lambda scored, selection, iteration, marker: selection.target_rows or scored.rows)
+@step(version="2", rows=lambda scored, selection, iteration, marker: selection.target_rows or scored.rows)
 def select_demonstrations(scored: DatasetRef, selection: Selection, iteration: int, marker: str) -> DatasetRef:
     """Keep the rewarded rollouts, de-duplicated and capped per prompt; every drop is counted by reason.
 

@@ -122,6 +122,7 @@ def _up_to_target(
 
 def _demonstration(row: ScoredRollout, iteration: int) -> Demonstration:
     return Demonstration(
+        task="solve",
         prompt_id=row.prompt_id,
         rollout_index=row.rollout_index,
         iteration=iteration,

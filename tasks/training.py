@@ -28,12 +28,29 @@ def build_base(corpus: DatasetRef, tiny: TinyModel, template: PromptTemplate) ->
 
 
 @step(version="1")
-def train_sft(start: ModelRef, demonstrations: tuple[DatasetRef, ...], template: PromptTemplate, sft: SFT) -> ModelRef:
-    """Fine-tune the starting model on all these demonstrations, loss on the completions only."""
+def train_sft(
+    start: ModelRef,
+    demonstrations: tuple[DatasetRef, ...],
+    template: PromptTemplate,
+    sft: SFT,
+    held_out: tuple[DatasetRef, ...] = (),
+) -> ModelRef:
+    """Fine-tune the starting model on all these demonstrations, loss on the completions only.
+
+    Args:
+        held_out: demonstrations not trained on; the loss of each of their tasks is logged before and after.
+    """
     if fake_engine.is_fake(local_model(start).weights):
         rewards = [row.reward for ref in demonstrations for row in read_rows(ref, Demonstration)]
         return _train_fake(start, [reward or 0.0 for reward in rewards], demonstrations)
-    job = SFTJob(template=template, rows=_files(demonstrations), settings=sft, **_start(start), **_folders())
+    job = SFTJob(
+        template=template,
+        rows=_files(demonstrations),
+        held_out=_files(held_out),
+        settings=sft,
+        **_start(start),
+        **_folders(),
+    )
     return _trained(job, demonstrations, start)
 
 

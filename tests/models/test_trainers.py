@@ -397,3 +397,25 @@ def test_a_run_through_accelerate_launch_and_bad_rows_come_back_from_the_child(s
     assert (outcome.optimizer_steps, outcome.rows) == (1, 24)
     with pytest.raises(worker.TrainingConfigurationError, match="raise max_length"):
         worker.run_job(sft_job("none-left", max_length=8), lambda line: None)
+
+
+@needs_torch
+def test_the_loss_of_each_task_on_rows_held_out_is_logged_before_and_after(
+    sft_job: Callable[..., SFTJob], tmp_path: Path
+) -> None:
+    held_out = write_rows(
+        tmp_path / "held_out.parquet",
+        task=["solve", "solve", "judge"],
+        prompt=["What is 1 + 2?", "What is 7 + 7?", "1 + 2 = 3"],
+        completion=["1 + 2 = 3\nFINAL ANSWER: 3", "7 + 7 = 14\nFINAL ANSWER: 14", "Correct"],
+    )
+    job = sft_job(max_steps=20)
+    trainers.fit_sft(job)
+    with_rows = sft_job("b", max_steps=20).model_copy(update={"held_out": held_out})
+    trainers.fit_sft(with_rows)
+    assert not figures(job, "eval_loss/solve")
+    for task in ("solve", "judge"):
+        assert list(figures(with_rows, f"eval_loss/{task}")) == [0, 20]
+    before, after = figures(with_rows, "eval_loss/solve").values()
+    assert after < before
+    assert figures(with_rows, "loss") == figures(job, "loss")  # a look at held-out rows changes no training

@@ -57,6 +57,25 @@ def test_the_split_depends_on_template_and_numbers_only_and_a_fifth_is_test() ->
     assert splits["test"] / 10_000 == pytest.approx(0.2, abs=0.02)
 
 
+def test_wrong_problems_are_the_right_ones_with_a_wrong_answer_behind_the_marker() -> None:
+    right = list(make_problems(Arithmetic(problems=300)))
+    wrong = list(make_problems(Arithmetic(problems=300, quality="wrong")))
+    assert [(p.prompt, p.answer) for p in right] == [(p.prompt, p.answer) for p in wrong]
+    for problem in wrong:
+        assert MARKER in problem.completion
+        assert problem.completion.rpartition(f"{MARKER} ")[2] != problem.answer
+
+
+def test_a_slip_miscounts_one_value_and_carries_it_through() -> None:
+    for seed in range(50):
+        first, second, ending = write_completion(TWO_STEPS, "slip", random.Random(seed)).splitlines()
+        left, right = (int(line.rpartition(" = ")[2]) for line in (first, second))
+        assert second.startswith(f"{left} * 2 = ")
+        assert (left != 19) + (right != 2 * left) == 1
+        assert ending == f"{MARKER} {right}"
+        assert right != 38
+
+
 def test_a_mistake_is_carried_through_to_a_wrong_answer() -> None:
     rng = random.Random(0)
     completions = {write_completion(TWO_STEPS, "mistake", rng) for _ in range(100)}

@@ -49,6 +49,7 @@ def rollout(index: int = 0, completion: str = "mine", prompt_id: str = "p", fini
 def demonstration(prompt_id: str = "p", completion: str = "human", prompt: str | None = None) -> Demonstration:
     """A human demonstration."""
     return Demonstration(
+        task="solve",
         prompt_id=prompt_id,
         rollout_index=None,
         iteration=0,

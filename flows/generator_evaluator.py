@@ -1,0 +1,314 @@
+"""One model that writes and judges (MartBakler/Phi-2-Self-Improvement; seed 0, experiment 2; METHODS 3).
+
+Data set 1: rollouts of the base; 2: of the policy trained on 1, both checked by gold answers, both tasks trained. Data
+set 3 (solving) and 4 (both tasks): rollouts of the same policy, taken for right or wrong by its own confidence. Then
+DPO on data set 4. Where we differ: every SFT starts from the base (the seed does not say); the label-free stages get
+prompts whose gold answers were removed, where the seed's converter filtered them by gold (METHODS 3.6.3); labels are
+one vocabulary and confidences exact; a judge that is no better than chance on dev does not get to label; the dev split
+and not the test split decides which policy stands. All data sets 2 to 4 are made by the policy of data set 1.
+"""
+
+from operator import itemgetter
+from string import Template
+from typing import Annotated, Literal, NamedTuple
+
+from prefect import flow
+from pydantic import Discriminator, Field, Tag, model_validator
+
+from flows.rest_em import TinyBase
+from models.specs import SFT, EngineSettings, ModelRef, Preference, PromptTemplate, Sampling, Settings
+from storage.datasets import DatasetRef
+from storage.hub import Source
+from tasks.checking import Read
+from tasks.evaluating import Contender, Evaluation, HeldOut, evaluate_answers
+from tasks.judgements import Judge, JudgeGate, LabelFree, Mixture, as_it_is
+from tasks.judging import (
+    Asking,
+    calibrate,
+    check_judge,
+    check_labels,
+    choose_filter,
+    evaluate_judgements,
+    hide_answers,
+    judge_rollouts,
+    label_by_confidence,
+    load_both_tasks,
+    mix_tasks,
+    pair_by_confidence,
+)
+from tasks.loading import draw_prompts, load_prompts, open_folder
+from tasks.metrics import parse_strategy
+from tasks.promoting import begin, promote
+from tasks.promotion import Gate
+from tasks.prompting import first_template
+from tasks.prompts import FewShot
+from tasks.recording import experiment_run, iteration, split
+from tasks.reporting import publish_report
+from tasks.sampling import sample_rollouts, shard_threads
+from tasks.scoring import score_answers
+from tasks.selecting import select_demonstrations
+from tasks.selection import Selection
+from tasks.training import build_base, train_preferences, train_sft
+
+
+class TinyJudgingBase(TinyBase):
+    """A tiny base whose corpus holds judgements too; else 250,000 parameters have no idea of judging to start from."""
+
+    judged: tuple[Source, ...] = Field(min_length=1)  # solutions that are right or wrong by their source's answers
+
+
+Base = Annotated[
+    Annotated[TinyJudgingBase, Tag("tiny")] | Annotated[ModelRef, Tag("model")],
+    Discriminator(lambda base: "tiny" if isinstance(base, TinyBase) or "corpus" in dict(base) else "model"),
+]
+
+
+class ConfidenceDPO(Settings):
+    """The most confident rollout taken for right against the least confident one taken for wrong."""
+
+    minimum_margin: float = Field(default=0.1, ge=0, le=1)  # of the two confidences
+    preference: Preference
+
+    @property
+    def label(self) -> str:
+        """As in the report."""
+        return f"DPO (Dataset 4), {'+'.join(self.preference.loss_type)}"
+
+
+class LabelFreeStages(Settings):
+    """Data sets 3 and 4, without gold answers."""
+
+    labelling: LabelFree = LabelFree()
+    gate: JudgeGate = JudgeGate()
+    dpo: tuple[ConfidenceDPO, ...] = ()
+
+
+class GeneratorEvaluator(Settings):
+    """One experiment of one model that writes and judges."""
+
+    recipe: Literal["generator_evaluator"]
+    experiment: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    base: Base
+    engine: EngineSettings
+    marker: str = "FINAL ANSWER:"
+    template: PromptTemplate = PromptTemplate()
+    few_shot: FewShot | None = None  # worked examples for the base; trained policies are asked without
+    train: Source
+    dev: Source  # the gates decide on these
+    test: Source  # reported only
+    prompts_per_stage: int | None = Field(default=None, ge=1)  # None: all, for data set 1 and for the others
+    sampling: Sampling
+    selection: Selection = Selection()
+    target_rows: tuple[int, int] | None = None  # solutions of data set 1, and of each other; None: all that are kept
+    judge: Judge = Judge()
+    mixture: Mixture = Mixture()
+    sft: SFT
+    label_free: LabelFreeStages | None = None
+    evaluation: Evaluation
+    # maj@k with filter: only rollouts of more confidence vote; dev: as many as do best on the dev split
+    filter_above: Annotated[float, Field(ge=0, le=1)] | Literal["dev"] = 0.5
+    gate: Gate = Gate()
+    published: dict[str, dict[str, float | None]] | None = None  # policy -> strategy -> percent, shown beside ours
+    seed: int = Field(default=0, ge=0)
+
+    @model_validator(mode="after")
+    def _can_be_measured(self) -> "GeneratorEvaluator":
+        parse_strategy(self.gate.strategy).check(self.evaluation.dev)
+        as_it_is(self.template)
+        if self.label_free is not None and self.label_free.labelling.mode != "top":
+            votes, rollouts = self.label_free.labelling.minimum_votes, self.sampling.rollouts_per_prompt
+            if votes > rollouts:
+                raise ValueError(
+                    f"label_free.labelling.minimum_votes is {votes} but sampling.rollouts_per_prompt {rollouts}, so no "
+                    "answer could win; lower the first or raise the second"
+                )
+        return self
+
+    @property
+    def asking(self) -> Asking:
+        """How rollouts are put before the judge."""
+        return Asking(judge=self.judge, template=self.template, marker=self.marker)
+
+    def reads(self) -> list[Read]:
+        """The sources this experiment reads, and what their rows must have."""
+        examples = self.few_shot is not None
+        corpora = []
+        if isinstance(self.base, TinyJudgingBase):
+            corpora = [
+                Read("base.corpus", self.base.corpus, completions=True),
+                *(Read("base.judged", one, answers=True, completions=True) for one in self.base.judged),
+            ]
+        return [
+            Read("train", self.train, answers=True, completions=examples, apart=True),
+            Read("dev", self.dev, answers=True, apart=True),
+            Read("test", self.test, answers=True, apart=True),
+            *corpora,
+        ]
+
+    def templates(self) -> dict[str, tuple[ModelRef | None, PromptTemplate]]:
+        """How the base, the policies trained from it and the judge are prompted."""
+        ref = None if isinstance(self.base, TinyJudgingBase) else self.base
+        few_shot = first_template(self.template, self.few_shot, self.train, self.marker).template
+        asked = Template(self.judge.text).safe_substitute(completion="(a solution)")
+        judge = as_it_is(self.template).model_copy(update={"user": asked})
+        return {"base": (ref, few_shot), "trained policies": (ref, self.template), "judge": (ref, judge)}
+
+    def selection_of(self, stage: int) -> Selection:
+        """The selection with the target of data set 1, or of the others."""
+        if self.target_rows is None:
+            return self.selection
+        return self.selection.model_copy(update={"target_rows": self.target_rows[min(stage, 2) - 1]})
+
+
+class Rated(NamedTuple):
+    """Rollouts, and which of them are right by gold answers."""
+
+    rollouts: DatasetRef
+    scored: DatasetRef
+
+
+class Examined(NamedTuple):
+    """A policy that was measured as a writer and, where it judges, as a judge."""
+
+    contender: Contender
+    dev: Rated
+    judged: dict[str, DatasetRef]  # "calibration", if there is one
+
+
+@flow(name="generator-evaluator", flow_run_name="{config.experiment}", task_runner=shard_threads())
+def generator_evaluator(config: GeneratorEvaluator) -> ModelRef:
+    """Train one model to write and to judge, then to learn from its own judgement. Returns the policy that stands."""
+    with experiment_run(config.experiment, config.model_dump(mode="json")) as experiment:
+        few_shot, examples = first_template(config.template, config.few_shot, config.train, config.marker)
+        train = load_prompts(config.train, without=examples)
+        held_out = HeldOut(load_prompts(config.dev, without=()), load_prompts(config.test, without=()))
+        with iteration(0):
+            base = open_base(config)
+            check_labels(base, config.asking, config.engine)
+            judges = isinstance(config.base, TinyJudgingBase)
+            start = examine(config, base, few_shot, held_out, judges=judges, other=None)
+            begin(experiment, start.contender, **start.judged)
+
+        with iteration(1):
+            drawn = draw_prompts(train, config.prompts_per_stage or train.rows, 1, config.seed)
+            rated = rate(config, base, few_shot, drawn, config.sampling.for_iteration(1))
+            first = train_both(config, base, rated.scored, 1)  # data set 1 -> M1
+            one = examine(config, first, config.template, held_out, judges=True, other=start.dev)
+            standing = promote(
+                experiment,
+                "SFT Dataset 1",
+                one.contender,
+                start.contender,
+                config.gate,
+                scored=rated.scored,
+                **one.judged,
+            )
+        with iteration(2):
+            drawn = draw_prompts(train, config.prompts_per_stage or train.rows, 2, config.seed)
+            rated = rate(config, first, config.template, drawn, config.sampling.for_iteration(2))
+            policy = train_both(config, base, rated.scored, 2)  # data set 2 -> M2
+            two = examine(config, policy, config.template, held_out, judges=True, other=start.dev)
+            standing = promote(
+                experiment, "SFT Dataset 2", two.contender, standing, config.gate, scored=rated.scored, **two.judged
+            )
+        if config.label_free is not None:
+            publish_report(experiment)  # should the judge be refused, what there is can be read
+            check_judge(one.judged["calibration"], config.label_free.gate)
+            with iteration(3):
+                judged, labelled = label_without_gold(config, first, drawn)
+                solve = select_demonstrations(labelled, config.selection_of(3), 3, config.marker)  # data set 3
+                policy = train_sft(base, (solve,), config.template, config.sft)
+                three = examine(config, policy, config.template, held_out, judges=False, other=None)
+                standing = promote(experiment, "SFT Dataset 3", three.contender, standing, config.gate, scored=labelled)
+            with iteration(4):
+                fourth = train_both(config, base, labelled, 4)  # data set 4
+                four = examine(config, fourth, config.template, held_out, judges=True, other=start.dev)
+                standing = promote(
+                    experiment, "SFT Dataset 4", four.contender, standing, config.gate, scored=labelled, **four.judged
+                )
+            for number, dpo in enumerate(config.label_free.dpo, start=5):
+                with iteration(number):
+                    pairs = pair_by_confidence(labelled, judged, dpo.minimum_margin, number)
+                    policy = train_preferences(fourth, (pairs,), config.template, dpo.preference)
+                    last = examine(config, policy, config.template, held_out, judges=True, other=start.dev)
+                    standing = promote(experiment, dpo.label, last.contender, standing, config.gate, **last.judged)
+    publish_report(experiment)
+    return standing.policy
+
+
+def open_base(config: GeneratorEvaluator) -> ModelRef:
+    """The model the experiment starts from."""
+    if isinstance(config.base, TinyJudgingBase):
+        corpus = load_both_tasks(config.base.corpus, config.base.judged, config.asking)
+        return build_base(corpus, config.base.tiny, as_it_is(config.template))
+    return open_folder(config.base)
+
+
+def rate(
+    config: GeneratorEvaluator, policy: ModelRef, template: PromptTemplate, prompts: DatasetRef, sampling: Sampling
+) -> Rated:
+    """Sample a policy and score it by gold answers."""
+    rollouts = sample_rollouts(policy, prompts, template, sampling, config.engine)
+    return Rated(rollouts, score_answers(rollouts, prompts, config.marker))
+
+
+def label_without_gold(
+    config: GeneratorEvaluator, policy: ModelRef, prompts: DatasetRef
+) -> tuple[DatasetRef, DatasetRef]:
+    """Rollouts judged by their own writer, and what is taken for right and wrong; no gold answer is in reach."""
+    assert config.label_free is not None
+    hidden = hide_answers(prompts)
+    sampling = config.sampling.for_iteration(2)  # the rollouts of data set 2, from the ledger
+    rollouts = sample_rollouts(policy, hidden, config.template, sampling, config.engine)
+    judged = judge_rollouts(policy, rollouts, config.asking, config.engine)
+    return judged, label_by_confidence(judged, config.label_free.labelling)
+
+
+def train_both(config: GeneratorEvaluator, base: ModelRef, scored: DatasetRef, stage: int) -> ModelRef:
+    """Train solving and judging on rollouts that are right or wrong, from the base."""
+    solve = select_demonstrations(scored, config.selection_of(stage), stage, config.marker)
+    mixed = mix_tasks(solve, scored, config.asking, config.mixture, stage, "train")
+    held_out = (
+        (mix_tasks(solve, scored, config.asking, config.mixture, stage, "held out"),)
+        if config.mixture.held_out_share
+        else ()
+    )
+    return train_sft(base, (mixed,), as_it_is(config.template), config.sft, held_out)
+
+
+def examine(
+    config: GeneratorEvaluator,
+    policy: ModelRef,
+    template: PromptTemplate,
+    held_out: HeldOut,
+    *,
+    judges: bool,
+    other: Rated | None,
+) -> Examined:
+    """Measure a policy on dev and test; as a judge on its own rollouts and on those of another policy."""
+    with split("dev"):
+        dev = rate(config, policy, template, held_out.dev, config.evaluation.dev)
+        gated = evaluate_answers((dev.scored,), ((config.gate.strategy,),))
+    with split("test"):
+        passes = [rate(config, policy, template, held_out.test, one.sampling) for one in config.evaluation.test]
+        test = evaluate_answers(
+            tuple(one.scored for one in passes), tuple(one.strategies for one in config.evaluation.test)
+        )
+    if not judges:
+        return Examined(Contender(policy, template, gated, test), dev, {})
+    with split("dev"):
+        written = {"own": dev, **({} if other is None else {"base": other})}
+        judged = tuple(judge_rollouts(policy, one.rollouts, config.asking, config.engine) for one in written.values())
+        calibration = calibrate(tuple(one.scored for one in written.values()), judged, tuple(written))
+        above = choose_filter(dev.scored, judged[0]) if config.filter_above == "dev" else config.filter_above
+    with split("test"):
+        k, most = max(
+            (
+                (one.sampling.rollouts_per_prompt, rated)
+                for one, rated in zip(config.evaluation.test, passes, strict=True)
+            ),
+            key=itemgetter(0),
+        )
+        verdicts = judge_rollouts(policy, most.rollouts, config.asking, config.engine)
+        test = evaluate_judgements(test, most.scored, verdicts, k, above)
+    return Examined(Contender(policy, template, gated, test), dev, {"calibration": calibration})

@@ -1,0 +1,38 @@
+"""The tiny preset with vLLM and TRL: the policy learns to judge, and its judgement does the vote no harm."""
+
+import time
+
+import pytest
+
+from flows.generator_evaluator import generator_evaluator
+from storage.datasets import DatasetRef, read_rows
+from storage.experiments import Experiment
+from storage.rows import Calibration, EvaluatedPrompt
+from tasks.metrics import paired_difference
+from tests.flows.test_generator_evaluator import FOLDER, config_of
+
+MOST_SECONDS = 1200  # ten minutes on two cores of one's own, and as much again for those that are shared
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(2 * MOST_SECONDS)
+def test_the_tiny_preset_judges_above_chance_and_filters_without_harm() -> None:
+    config = config_of(FOLDER / "tiny.yaml")
+    started = time.monotonic()
+    generator_evaluator.fn(config)
+    assert time.monotonic() - started < MOST_SECONDS
+    records = {record.label: record for record in Experiment(config.experiment).iterations()}
+    assert set(records) >= {"base", *(f"SFT Dataset {n}" for n in (1, 2, 3, 4))}
+    for label in ("SFT Dataset 1", "SFT Dataset 2"):
+        record = records[label]
+        figures = read_rows(DatasetRef(**record.references["calibration"]), Calibration)
+        low = next(row.low for row in figures if (row.writer, row.group, row.name) == ("own", "all", "auroc"))
+        assert low is not None
+        assert low > 0.5
+        assert record.metrics["mean@1"]["low"] > records["base"].metrics["mean@1"]["high"]
+        values: dict[str, dict[str, float]] = {"maj@16": {}, "maj@16 with filter": {}}
+        for row in read_rows(DatasetRef(**record.references["test"]), EvaluatedPrompt):
+            values.setdefault(row.strategy, {})[row.prompt_id] = row.value
+        names = list(values["maj@16"])
+        filtered, plain = ([values[s][name] for name in names] for s in ("maj@16 with filter", "maj@16"))
+        assert paired_difference(filtered, plain).high >= 0  # at least as good, as far as 400 problems can tell

@@ -1,0 +1,159 @@
+"""Judging as steps, on the fake engine."""
+
+from dataclasses import replace
+
+import pytest
+
+from models.specs import Fake, ModelRef, PromptTemplate, Sampling
+from storage.arithmetic import Arithmetic
+from storage.datasets import DatasetRef, read_rows, write_rows
+from storage.hub import Source
+from storage.rows import Calibration, Demonstration, JudgedRollout, Prompt, ScoredRollout
+from tasks import judging
+from tasks.evaluating import evaluate_answers
+from tasks.judgements import ClassMissing, Judge, JudgeGate, LabelFree, Mixture
+from tasks.judging import (
+    Asking,
+    JudgeError,
+    calibrate,
+    check_judge,
+    check_labels,
+    evaluate_judgements,
+    hide_answers,
+    judge_rollouts,
+    label_by_confidence,
+    load_both_tasks,
+    mix_tasks,
+    pair_by_confidence,
+)
+from tasks.loading import load_prompts
+from tasks.sampling import sample_rollouts
+from tasks.scoring import score_answers
+from tasks.selecting import select_demonstrations
+from tasks.selection import Selection
+from tests.flows.builders import heard
+
+MARKER = "FINAL ANSWER:"
+POLICY = ModelRef(name="fake:0.5")
+JUDGE = Judge(rollouts_per_shard=50)
+ASKING = Asking(judge=JUDGE, template=PromptTemplate(), marker=MARKER)
+SUMS = Source(arithmetic=Arithmetic(kind="sums", problems=20))
+SAMPLING = Sampling(rollouts_per_prompt=8, temperature=0.8, max_completion_tokens=64)
+
+
+def rollouts(prompts: DatasetRef | None = None) -> DatasetRef:
+    return sample_rollouts(POLICY, prompts or load_prompts(SUMS, ()), PromptTemplate(), SAMPLING, Fake())
+
+
+def score(ref: DatasetRef) -> DatasetRef:
+    return score_answers(ref, load_prompts(SUMS, ()), MARKER)
+
+
+def test_every_rollout_is_judged_in_order_and_its_confidence_kept() -> None:
+    drawn = rollouts()
+    with heard() as steps:
+        verdicts = judge_rollouts(POLICY, drawn, ASKING, Fake())
+    rows = list(read_rows(verdicts, JudgedRollout))
+    assert len(rows) == 160
+    assert [s.rows for s in steps if s.step == "judge_shard"] == [50, 50, 50, 10]
+    assert all(row.confidence is not None and row.judge == POLICY.identity for row in rows)
+    keys = [(row.prompt_id, row.rollout_index) for row in rows]
+    assert keys == [(row.prompt_id, row.rollout_index) for row in read_rows(score(drawn), ScoredRollout)]
+
+
+def test_shards_that_are_done_are_not_judged_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(judging, "RETRY_DELAYS_SECONDS", (0.0,))
+    drawn = rollouts()
+    last = next(iter(reversed(list(read_rows(load_prompts(SUMS, ()), Prompt)))))
+    with pytest.raises(Exception, match="told to die"):
+        judge_rollouts(POLICY, drawn, ASKING, Fake(fail_prompts=(last.prompt,)))
+    with heard() as steps:
+        judge_rollouts(POLICY, drawn, ASKING, Fake())
+    assert [s.cached for s in steps if s.step == "judge_shard"] == [True, True, True, False]
+
+
+def test_a_judge_that_never_says_a_label_is_told_with_the_first_rollouts() -> None:
+    asking = ASKING.model_copy(
+        update={"judge": JUDGE.model_copy(update={"positive": "blau", "negative": "rot gelb grün"})}
+    )
+    asking = asking.model_copy(update={"judge": asking.judge.model_copy(update={"minimum_label_mass": 0.999})})
+    with pytest.raises(JudgeError) as caught:
+        judge_rollouts(POLICY, rollouts(), asking, Fake())
+    assert "undecided (" in str(caught.value)
+    assert "never says 'blau' or 'rot gelb grün'" in str(caught.value)
+    assert str(caught.value).count("no label: ") == 3
+
+
+def test_labels_of_several_tokens_are_refused_where_one_is_wanted() -> None:
+    assert check_labels(POLICY, ASKING, Fake()) is True
+    judge = Judge(positive="It is right", negative="No", label_tokens="one")
+    with pytest.raises(JudgeError, match="'It is right' 3, 'No' 1"):
+        check_labels(POLICY, ASKING.model_copy(update={"judge": judge}), Fake())
+
+
+def test_the_label_free_path_gives_the_same_with_poisoned_gold() -> None:
+    def path(prompts: DatasetRef) -> list[str]:
+        verdicts = judge_rollouts(POLICY, rollouts(hide_answers(prompts)), ASKING, Fake())
+        labelled = label_by_confidence(verdicts, LabelFree(minimum_votes=2))
+        solve = select_demonstrations(labelled, Selection(), 3, MARKER)
+        both = mix_tasks(solve, labelled, ASKING, Mixture(), 4, "train")
+        pairs = pair_by_confidence(labelled, verdicts, 0.1, 5)
+        return [ref.digest for ref in (verdicts, labelled, solve, both, pairs)]
+
+    honest = load_prompts(SUMS, ())
+    poison = (replace(row, answer="123456") for row in read_rows(honest, Prompt))
+    poisoned = write_rows(poison, Prompt, step="prompts")
+    assert poisoned.digest != honest.digest
+    assert {row.answer for row in read_rows(hide_answers(honest), Prompt)} == {None}
+    assert path(honest) == path(poisoned)
+
+
+def test_both_tasks_are_mixed_and_some_prompts_held_out_of_both() -> None:
+    scored = score(rollouts())
+    solve = select_demonstrations(scored, Selection(max_per_prompt=2), 1, MARKER)
+    mixture = Mixture(held_out_share=0.2)
+    train, held_out = (
+        list(read_rows(mix_tasks(solve, scored, ASKING, mixture, 1, part), Demonstration))
+        for part in ("train", "held out")
+    )
+    assert {row.task for row in train} == {"solve", "judge"}
+    assert not {row.prompt_id for row in train} & {row.prompt_id for row in held_out}
+    judge_rows = [row for row in [*train, *held_out] if row.task == "judge"]
+    assert sum(row.completion == "Correct" for row in judge_rows) * 2 == len(judge_rows)
+
+
+def test_rollouts_of_one_kind_cannot_teach_judging() -> None:
+    scored = score(rollouts())
+    right = write_rows(
+        (row for row in read_rows(scored, ScoredRollout) if row.reward == 1), ScoredRollout, step="scored"
+    )
+    solve = select_demonstrations(right, Selection(), 1, MARKER)
+    with pytest.raises(ClassMissing, match="is wrong, and a judge is trained on both kinds"):
+        mix_tasks(solve, right, ASKING, Mixture(), 1, "train")
+
+
+def test_a_judge_is_calibrated_on_its_own_rollouts_and_on_those_of_another() -> None:
+    drawn = rollouts()
+    verdicts = judge_rollouts(POLICY, drawn, ASKING, Fake())
+    ref = calibrate((score(drawn), score(drawn)), (verdicts, verdicts), ("own", "base"))
+    rows = list(read_rows(ref, Calibration))
+    assert {row.writer for row in rows} == {"own", "base"}
+    assert check_judge(ref, JudgeGate()) is True
+    with pytest.raises(JudgeError, match="may not label rollouts without gold answers: its AUROC"):
+        check_judge(ref, JudgeGate(minimum_auroc=0.99))
+    assert check_judge(ref, JudgeGate(minimum_auroc=0.99, go_on_anyway=True)) is False
+
+
+def test_strategies_with_a_judge_stand_beside_the_others() -> None:
+    drawn = rollouts()
+    verdicts = judge_rollouts(POLICY, drawn, ASKING, Fake())
+    evaluated = evaluate_answers((score(drawn),), (("maj@8",),))
+    assert evaluate_judgements(evaluated, score(drawn), verdicts, 8, 0.5).rows == 3 * 20
+
+
+def test_a_corpus_of_both_tasks_holds_as_many_right_as_wrong_judgements() -> None:
+    mixed = Source(arithmetic=Arithmetic(problems=60, quality="mixed"))
+    rows = list(read_rows(load_both_tasks(mixed, (mixed,), ASKING), Demonstration))
+    labels = [row.completion for row in rows if row.task == "judge"]
+    assert labels.count("Correct") == labels.count("Incorrect") > 0
+    assert sum(row.task == "solve" for row in rows) == 60
