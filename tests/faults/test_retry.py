@@ -20,7 +20,8 @@ from tests.faults.harness import REPOSITORY, SMALL, Place, in_ledger, leftovers,
 from tests.faults.test_prefect_state import ask
 from tests.faults.test_two_runs import until
 
-pytestmark = [pytest.mark.flow, pytest.mark.timeout(240)]
+# Prefect may take a quick retry for a crash (docs/PREFECT.md 2), which makes this no test for every push.
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(240)]
 
 BROKEN = "79 + 45"  # the first of the small preset's training prompts: in shard 0 of 4
 STARTING_SECONDS = 60.0

@@ -14,6 +14,8 @@ from models import openai_engine
 from models.engine import Completion, EngineConfigurationError, EngineError, Request, open_engine
 from models.specs import ModelRef, OpenAI, Sampling
 
+pytestmark = pytest.mark.flow  # a library, a server or a run that takes too long for every save
+
 Reply = tuple[int, dict[str, str], bytes]  # status, headers, body
 SAMPLING = Sampling(temperature=0.5, top_k=-1, max_completion_tokens=20, stop=("###",))
 USAGE = {"prompt_tokens": 5, "completion_tokens": 2}

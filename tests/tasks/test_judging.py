@@ -33,6 +33,8 @@ from tasks.selecting import select_demonstrations
 from tasks.selection import Selection
 from tests.flows.builders import heard
 
+pytestmark = pytest.mark.flow  # a library, a server or a run that takes too long for every save
+
 MARKER = "FINAL ANSWER:"
 POLICY = ModelRef(name="fake:0.5")
 JUDGE = Judge(rollouts_per_shard=50)

@@ -10,6 +10,8 @@ import pytest
 from storage.experiments import Experiment
 from tasks.reporting import facts, render, write_report
 
+pytestmark = pytest.mark.flow  # a library, a server or a run that takes too long for every save
+
 
 @pytest.fixture
 def experiment(finished: Path) -> Experiment:
