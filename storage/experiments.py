@@ -73,7 +73,6 @@ class ExperimentState(BaseModel):
     pid: int
     host: str = ""
     error: str | None = None
-    prefect_url: str | None = None
     flow_run_id: str | None = None
     unsettled: tuple[str, ...] = ()  # flow runs of processes that died, which Prefect may still show as running
 
@@ -85,9 +84,7 @@ class Experiment:
         self.name = name
         self.folder = home() / "experiments" / checked_name(name, "an experiment's name")
 
-    def begin(
-        self, run: str, config: Mapping[str, Any], *, prefect_url: str | None, flow_run_id: str | None = None
-    ) -> None:
+    def begin(self, run: str, config: Mapping[str, Any], *, flow_run_id: str | None = None) -> None:
         """Note a run's settings and that it is running; to be called by the only process that runs the experiment."""
         (self.folder / "iterations").mkdir(parents=True, exist_ok=True)
         remove_all_stale_attempts(home())
@@ -100,7 +97,6 @@ class Experiment:
             started_at=now(),
             pid=os.getpid(),
             host=platform.node(),
-            prefect_url=prefect_url,
             flow_run_id=flow_run_id,
             unsettled=unsettled,
         )

@@ -9,7 +9,7 @@ from pydantic import Field, model_validator
 from models.specs import EngineSettings, ModelRef, PromptTemplate, Sampling, Settings
 from storage.datasets import DatasetRef, read_rows, write_rows
 from storage.rows import EvaluatedPrompt, Metric, ScoredRollout
-from tasks.caching import log_counts, step
+from tasks.caching import step
 from tasks.metrics import evaluate_prompt, parse_strategy, summarise
 from tasks.promotion import Decision, Gate, decide
 from tasks.recording import split
@@ -86,9 +86,7 @@ def evaluate_answers(scored: tuple[DatasetRef, ...], strategies: tuple[tuple[str
         for rollouts in _by_prompt(reference)
         for name in names
     )
-    evaluated = write_rows(rows, EvaluatedPrompt, step="evaluated", parents=scored)
-    log_counts({})
-    return evaluated
+    return write_rows(rows, EvaluatedPrompt, step="evaluated", parents=scored)
 
 
 @step(version="1", assumed=Decision(True, "not decided yet", 0.0, 0.0, 0.0, 1.0, 0))

@@ -61,7 +61,7 @@ def current_iteration() -> int | None:
 
 
 @contextmanager
-def experiment_run(name: str, config: Mapping[str, Any], *, prefect_url: str | None = None) -> Iterator[Experiment]:
+def experiment_run(name: str, config: Mapping[str, Any]) -> Iterator[Experiment]:
     """Record everything inside as one run of the experiment; two runs of one experiment never write at once.
 
     Raises:
@@ -75,7 +75,7 @@ def experiment_run(name: str, config: Mapping[str, Any], *, prefect_url: str | N
         run = Run(experiment)
         flow = FlowRunContext.get()
         flow_run_id = str(flow.flow_run.id) if flow is not None and flow.flow_run is not None else None
-        experiment.begin(run.id, config, prefect_url=prefect_url, flow_run_id=flow_run_id)
+        experiment.begin(run.id, config, flow_run_id=flow_run_id)
         token = _RUN.set(run)
         try:
             yield experiment

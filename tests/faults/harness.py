@@ -15,15 +15,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import psutil
 import pyarrow.parquet as pq
 
 from tests.faults.driver import Kill
+from tests.flows.builders import MARK, processes_marked
 
 REPOSITORY = Path(__file__).parents[2]
 SMALL = Path(__file__).with_name("small.yaml")
 PLAIN = "--no-prefect-server"
-MARK = "FAULT_MARK"
 KILLED = -signal.SIGKILL
 DEADLINE_SECONDS = 60.0
 FLUSH_ROWS = 5
@@ -211,19 +210,8 @@ def leftovers(place: Place) -> list[str]:
 def processes(place: Place, patience: float = 5.0) -> list[str]:
     """Command lines of processes of this place's runs that are still there after a while."""
     deadline = time.monotonic() + patience
-    while (found := _processes(place.mark)) and time.monotonic() < deadline:
+    while (found := processes_marked(place.mark)) and time.monotonic() < deadline:
         time.sleep(0.1)
-    return found
-
-
-def _processes(mark: str) -> list[str]:
-    found = []
-    for process in psutil.process_iter():
-        try:
-            if process.pid != os.getpid() and process.environ().get(MARK) == mark:
-                found.append(" ".join(process.cmdline()))
-        except (psutil.NoSuchProcess, psutil.AccessDenied, psutil.ZombieProcess):
-            continue
     return found
 
 

@@ -124,7 +124,7 @@ def test_a_running_experiment_refuses_the_collection(small: Experiment) -> None:
 )
 def test_rollouts_in_progress_stay_while_their_experiment_is_unfinished(policy: str, state: str, kept: int) -> None:
     experiment = Experiment("one")
-    experiment.begin("run", {"base": {"name": "fake:0.4"}}, prefect_url=None)
+    experiment.begin("run", {"base": {"name": "fake:0.4"}})
     experiment.end("failed" if state == "failed" else "finished")
     Ledger({"policy": {"name": policy, "revision": None}, "decoding": {"seed": 3}}).append([rollout()])
     collect()
@@ -160,7 +160,7 @@ def test_a_training_in_progress_stays_while_an_experiment_is_unfinished() -> Non
     scratch.mkdir(parents=True)
     aged(scratch)
     experiment = Experiment("one")
-    experiment.begin("run", {}, prefect_url=None)
+    experiment.begin("run", {})
     experiment.end("interrupted")
     collect(7)
     assert scratch.is_dir()

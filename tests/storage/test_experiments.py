@@ -47,7 +47,7 @@ def iteration(number: int, label: str = "iteration", run: str = "run-1") -> Iter
 @pytest.fixture
 def begun() -> Experiment:
     experiment = Experiment("words")
-    experiment.begin("run-1", {"recipe": "rest_em"}, prefect_url="http://127.0.0.1:1/")
+    experiment.begin("run-1", {"recipe": "rest_em"})
     return experiment
 
 
@@ -71,7 +71,7 @@ def test_a_run_whose_process_is_gone_was_interrupted(begun: Experiment) -> None:
 def test_a_new_run_replaces_the_state_and_keeps_the_steps(begun: Experiment) -> None:
     begun.add_step(step("load_prompts"))
     begun.end("finished")
-    begun.begin("run-2", {"recipe": "rest_em"}, prefect_url=None)
+    begun.begin("run-2", {"recipe": "rest_em"})
     begun.add_step(step("load_prompts", run="run-2"))
     assert (begun.state().state, begun.state().finished_at) == ("running", None)
     assert len(begun.steps()) == 2
@@ -91,7 +91,7 @@ def test_a_line_torn_by_a_kill_takes_no_other_along(begun: Experiment, torn_at: 
     lines = begun.folder / "steps.jsonl"
     whole = lines.read_bytes()
     lines.write_bytes(whole + whole[:torn_at])
-    begun.begin("run-2", {}, prefect_url=None)
+    begun.begin("run-2", {})
     begun.add_step(step("train_sft", run="run-2"))
     names = [record.step for record in begun.steps()]
     assert names == (["load_prompts", "load_prompts", "train_sft"] if torn_at == -1 else ["load_prompts", "train_sft"])
@@ -120,7 +120,7 @@ def test_iterations_that_a_run_did_not_write_can_be_forgotten(begun: Experiment)
 
 def test_experiments_are_listed_by_name_once_they_have_begun(ratchet_home: Path) -> None:
     for name in ("b", "a"):
-        Experiment(name).begin("run", {}, prefect_url=None)
+        Experiment(name).begin("run", {})
     (ratchet_home / "experiments" / "never-begun").mkdir()
     assert [experiment.name for experiment in experiments()] == ["a", "b"]
 
