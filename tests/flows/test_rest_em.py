@@ -70,7 +70,7 @@ def recorded(api: str, since: datetime) -> Recorded:
     (run,) = found(api, "flow_runs", {"flow_runs": {"start_time": {"after_": since.isoformat()}}})
     tasks: dict[str, list[str]] = {}
     for one in found(api, "task_runs", {"task_runs": {"flow_run_id": {"any_": [run["id"]]}}}):
-        tasks.setdefault(one["name"], []).append(one["state"]["name"])
+        tasks.setdefault(one["name"], []).append(one["state_name"])
     return Recorded(run["state"]["name"], run["state"]["message"] or "", tasks)
 
 
