@@ -12,7 +12,7 @@ import random
 import threading
 import time
 from collections import Counter
-from collections.abc import Coroutine, Iterable, Iterator, Sequence
+from collections.abc import Callable, Coroutine, Iterable, Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -22,10 +22,21 @@ from typing import Any, Self, TypeVar
 
 import httpx
 
-from models.engine import Completion, EngineConfigurationError, EngineError, LocalModel, Message, Request
+from models.engine import (
+    PLAIN,
+    Completion,
+    EngineConfigurationError,
+    EngineError,
+    LocalModel,
+    Message,
+    Request,
+    ScoredTokens,
+    ScoreRequest,
+)
 from models.specs import OpenAI, Sampling
 
 Body = dict[str, Any]  # a JSON object of the protocol
+R = TypeVar("R")
 T = TypeVar("T")
 
 logger = logging.getLogger("ratchet.openai")
@@ -90,15 +101,35 @@ class OpenAIEngine:
 
     def sample(self, requests: Iterable[Request], sampling: Sampling) -> Iterator[Completion]:
         """Yield each completion as it arrives. A request that fails is raised once the others are through."""
+        for completion in self._all(requests, lambda pool, request: self._drawn(pool, request, sampling)):
+            with self._lock:
+                self._generated += 1
+            yield completion
+
+    def score(self, messages: Sequence[Message], continuations: Sequence[str]) -> list[list[float]]:
+        """Log-probabilities from `prompt_logprobs`, which `vllm serve` knows and hosted endpoints do not."""
+        requests = [
+            ScoreRequest(key=str(number), messages=tuple(messages), continuation=text)
+            for number, text in enumerate(continuations)
+        ]
+        found = {scored.key: scored.logprobs for scored in self.score_all(one for one in requests if one.continuation)}
+        return [[value for value in found.get(request.key, []) if value is not None] for request in requests]
+
+    def score_all(self, requests: Iterable[ScoreRequest]) -> Iterator[ScoredTokens]:
+        """Yield each text as it is scored. The server renders and tokenises, so `rendering` and `cut` are its own."""
+        return self._all(requests, self._scored)
+
+    def _all(self, requests: Iterable[R], work: Callable[["_Pool", R], Coroutine[Any, Any, T]]) -> Iterator[T]:
+        """What comes of each request. One that fails is raised once the others are through."""
         pool, failure = self._ready_pool(), None
-        replies: SimpleQueue[Future[Completion]] = SimpleQueue()
-        waiting: set[Future[Completion]] = set()
+        replies: SimpleQueue[Future[T]] = SimpleQueue()
+        waiting: set[Future[T]] = set()
         remaining = iter(requests)
         try:
             while True:
                 room = 2 * self._settings.concurrency * len(self._endpoints) - len(waiting) if failure is None else 0
                 for request in itertools.islice(remaining, room):
-                    waiting.add(future := pool.submit(self._drawn(pool, request, sampling)))
+                    waiting.add(future := pool.submit(work(pool, request)))
                     future.add_done_callback(replies.put)
                 if not waiting:
                     break
@@ -106,22 +137,12 @@ class OpenAIEngine:
                 if error := done.exception():
                     failure = failure or error
                     continue
-                with self._lock:
-                    self._generated += 1
                 yield done.result()
         finally:
             for future in waiting:
                 future.cancel()
         if failure is not None:
             raise failure
-
-    def score(self, messages: Sequence[Message], continuations: Sequence[str]) -> list[list[float]]:
-        """Log-probabilities from `prompt_logprobs`, which `vllm serve` knows and hosted endpoints do not."""
-        pool = self._ready_pool()
-        wanted = [text for text in continuations if text]
-        futures = [pool.submit(self._scored(pool, messages, text)) for text in wanted]
-        known = dict(zip(wanted, [future.result() for future in futures], strict=True))
-        return [known.get(text, []) for text in continuations]
 
     def generated(self) -> int:
         """Completions received since the engine was opened."""
@@ -174,22 +195,36 @@ class OpenAIEngine:
             cumulative_logprob=sum(logprobs) if logprobs else None,
         )
 
-    async def _scored(self, pool: "_Pool", messages: Sequence[Message], continuation: str) -> list[float]:
+    async def _scored(self, pool: "_Pool", request: ScoreRequest) -> ScoredTokens:
         one = {"max_tokens": 1, "temperature": 0.0, "prompt_logprobs": 0}
-        _, opened = await pool.post("/chat/completions", self._body(messages, **one))
-        more = [*messages, {"role": "assistant", "content": continuation}]
-        whole = self._body(more, add_generation_prompt=False, continue_final_message=True, **one)
-        _, scored = await pool.post("/chat/completions", whole)
+        _, opened = await pool.post("/chat/completions", self._body(request.messages, **one))
+        more = [*request.messages, {"role": "assistant", "content": request.continuation}]
+        ending = {"add_generation_prompt": False, "continue_final_message": request.rendering != "finished"}
+        _, scored = await pool.post("/chat/completions", self._body(more, **ending, **one))
         first, places = (answer.get("prompt_logprobs") for answer in (opened, scored))
         if not first or not places or len(places) <= len(first):
             raise EngineConfigurationError(
                 "the endpoint cannot score: the reply was expected to hold prompt_logprobs for the prompt and its "
                 f"continuation, found {places!r:.200}; score with a `vllm serve` endpoint or the vllm engine"
             )
-        return [next(iter(place.values()))["logprob"] for place in places[len(first) :]]
+        told = [next(iter((place or {"-1": {}}).items())) for place in places[0 if request.in_full else len(first) :]]
+        return ScoredTokens(
+            key=request.key,
+            token_ids=[int(token) for token, _ in told],
+            texts=[known.get("decoded_token") or "" for _, known in told] if request.in_full else [],
+            logprobs=[known.get("logprob") for _, known in told],
+            greedy=[known.get("rank") == 1 for _, known in told],
+            prompt_tokens=len(first) if request.in_full else 0,
+            cut_tokens=0,
+        )
 
     def _body(self, messages: Sequence[Message], **fields: object) -> Body:
         assert self._model is not None
+        if any(message["role"] == PLAIN for message in messages):
+            raise EngineConfigurationError(
+                "an endpoint puts its own chat template around every text; give it chat messages, or use "
+                "engine.kind: vllm for texts without a template"
+            )
         return {"model": self._model.ref.name, "messages": list(messages), **fields}
 
 
