@@ -104,19 +104,26 @@ def run_task(
         EngineError, EngineConfigurationError: as the engine's methods do.
     """
     version()
+    from jinja2 import UndefinedError
     from lm_eval.evaluator import evaluate
 
     with _one_at_a_time, _quiet():
-        loaded = _load(task)
         model = _model_class()(engine, template, task.max_completion_tokens, tell)
-        found = evaluate(
-            lm=model,
-            task_dict={"tasks": {task.name: loaded}, "groups": {}},
-            limit=task.limit,
-            bootstrap_iters=0,
-            apply_chat_template=template is not None,
-            fewshot_as_multiturn=template is not None,
-        )
+        try:
+            loaded = _load(task)
+            found = evaluate(
+                lm=model,
+                task_dict={"tasks": {task.name: loaded}, "groups": {}},
+                limit=task.limit,
+                bootstrap_iters=0,
+                apply_chat_template=template is not None,
+                fewshot_as_multiturn=template is not None,
+            )
+        except (LookupError, UndefinedError) as error:  # from lm-eval's templates over the documents
+            raise BenchmarkError(
+                f"benchmark {task.name!r}: a document is not as the hub's data set has it: {type(error).__name__}: "
+                f"{error}; correct the local copy, or remove it and let the hub's be taken"
+            ) from error
         documents = len(loaded.eval_docs)
     return [_answer(task.name, sample, model, documents) for sample in found["samples"][task.name]]
 
@@ -126,8 +133,10 @@ def _load(task: TaskToRun) -> Any:  # lm_eval's ConfigurableTask, which is untyp
 
     changes: dict[str, Any] = {"task": task.name}
     if task.documents is not None:
-        changes["custom_dataset"] = functools.partial(_as_datasets, task.documents)
-    elif task.revision is not None:
+        changes["custom_dataset"] = functools.partial(_as_datasets, task.name, task.documents)
+    if task.shots == 0:  # lm-eval would read the split of the worked examples all the same
+        changes |= {"fewshot_split": None, "training_split": None}
+    if task.documents is None and task.revision is not None:
         changes["dataset_kwargs"] = {"revision": task.revision}
     manager = TaskManager(include_path=str(_task_folder(task.folder)), include_defaults=False)
     try:
@@ -146,10 +155,24 @@ def _load(task: TaskToRun) -> Any:  # lm_eval's ConfigurableTask, which is untyp
     return loaded
 
 
-def _as_datasets(documents: Callable[[], Mapping[str, Records]], **_: object) -> dict[str, Any]:
+def _as_datasets(task: str, documents: Callable[[], Mapping[str, Records]], **_: object) -> dict[str, Any]:
     from datasets import Dataset
 
-    return {split: Dataset.from_list(list(records)) for split, records in documents().items()}
+    return _Splits(task, {split: Dataset.from_list(list(records)) for split, records in documents().items()})
+
+
+class _Splits(dict[str, Any]):
+    """The splits of a benchmark's documents; one that is not there is named."""
+
+    def __init__(self, task: str, splits: Mapping[str, Any]) -> None:
+        super().__init__(splits)
+        self._task = task
+
+    def __missing__(self, split: str) -> Any:
+        raise BenchmarkError(
+            f"benchmark {self._task!r} needs the split {split!r}, as documents or for its worked examples; on this "
+            f"machine there are: {', '.join(self) or 'none'}; put {split}.jsonl beside them, in the hub's format"
+        )
 
 
 @functools.cache
