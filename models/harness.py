@@ -7,7 +7,6 @@ benchmarks. Numbers equal those of lm-eval's own backends on the same weights (t
 
 import atexit
 import functools
-import io
 import json
 import logging
 import random
@@ -16,7 +15,7 @@ import tempfile
 import threading
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -381,8 +380,8 @@ def prepare_ifeval(folders: Sequence[Path]) -> str:
     langdetect.DetectorFactory.seed = 0  # else it draws anew each time
     nltk.data.path += [str(folder) for folder in folders if str(folder) not in nltk.data.path]
     if (found := _punkt(nltk)) is None:
-        with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):  # the note of the figures says it better
-            nltk.download("punkt_tab", quiet=True)
+        for _ in nltk.downloader.Downloader().incr_download("punkt_tab"):
+            pass  # its messages: the note of the figures says it better
         found = _punkt(nltk)
     if found is None:
         nltk.data.path.append(_stand_in())
