@@ -10,23 +10,16 @@ from storage.datasets import DatasetRef, read_rows, write_rows
 from storage.hub import Source
 from storage.rows import Calibration, Demonstration, JudgedRollout, Prompt, ScoredRollout
 from tasks import judging
+from tasks.calibrating import calibrate, check_judge, evaluate_judgements
+from tasks.calibrations import JudgeGate
 from tasks.evaluating import evaluate_answers
-from tasks.judgements import ClassMissing, Judge, JudgeGate, LabelFree, Mixture
-from tasks.judging import (
-    Asking,
-    JudgeError,
-    calibrate,
-    check_judge,
-    check_labels,
-    evaluate_judgements,
-    hide_answers,
-    judge_rollouts,
-    label_by_confidence,
-    load_both_tasks,
-    mix_tasks,
-    pair_by_confidence,
-)
+from tasks.judgements import Asking, Judge
+from tasks.judging import JudgeError, check_labels, judge_rollouts
+from tasks.labelling import hide_answers, label_by_confidence, pair_by_confidence
+from tasks.labels import LabelFree
 from tasks.loading import load_prompts
+from tasks.mixing import load_both_tasks, mix_tasks
+from tasks.mixtures import ClassMissing, Mixture
 from tasks.sampling import sample_rollouts
 from tasks.scoring import score_answers
 from tasks.selecting import select_demonstrations
