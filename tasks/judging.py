@@ -10,7 +10,7 @@ from itertools import chain, islice
 from typing import NamedTuple
 
 from models.chat import messages_of
-from models.engine import EngineConfigurationError, EngineError
+from models.engine import EngineConfigurationError, EngineError, UnknownProbability
 from models.specs import EngineSettings, ModelRef
 from storage.datasets import DatasetRef, read_rows, write_rows
 from storage.rows import JudgedRollout, Rollout, derive
@@ -44,8 +44,7 @@ def check_labels(policy: ModelRef, asking: Asking, engine: EngineSettings) -> bo
     Raises:
         JudgeError: they cannot; says why.
     """
-    served = serve(policy, engine)
-    probes = [served.score(_messages(asking, text, f"{asking.marker} 42"), asking.labels) for text in PROBES]
+    probes = _probes(policy, asking, engine)
     if faults := rules.label_faults(asking.judge, probes):
         raise JudgeError("judge: " + "; ".join(faults))
     log_counts({"tokens_positive": len(probes[0][0]), "tokens_negative": len(probes[0][1])})
@@ -114,6 +113,27 @@ def gather_judged(shards: tuple[DatasetRef, ...], judge: Judge) -> DatasetRef:
             "labels and judge.text."
         )
     return judged
+
+
+def _probes(policy: ModelRef, asking: Asking, engine: EngineSettings) -> list[list[list[float]]]:
+    """Log-probs of the labels' tokens on made-up rollouts; a judge that tells them of none cannot be used.
+
+    Raises:
+        JudgeError: it tells of none.
+    """
+    served, probes = serve(policy, engine), []
+    for text in PROBES:
+        try:
+            probes.append(served.score(_messages(asking, text, f"{asking.marker} 42"), asking.labels))
+        except UnknownProbability as error:
+            unknown = error
+    if not probes:
+        found = ", ".join(map(repr, unknown.found))
+        raise JudgeError(
+            f"judge: {unknown} on any of {len(PROBES)} made-up rollouts; found: {found}. Choose labels that are one "
+            "token each for this model and that judge.text asks for, or score with engine.scoring: prompt_logprobs"
+        )
+    return probes
 
 
 def _ask(policy: ModelRef, asking: Asking, engine: EngineSettings, prompt: str, completion: str) -> Asked:
