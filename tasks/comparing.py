@@ -62,7 +62,7 @@ def compare_pairs(
     return gather_comparisons(shards, asks)
 
 
-@step(version="1", rows=lambda judge, pairs, start, *_: pairs.rows - start)
+@step(version="1", rows=lambda judge, pairs, start, asks, *_: min(asks.pairs_per_shard, pairs.rows - start))
 def compare_shard(
     judge: ModelRef,
     pairs: DatasetRef,
@@ -122,14 +122,14 @@ def gather_comparisons(shards: tuple[DatasetRef, ...], asks: AnyAsk) -> DatasetR
 
 @step(version="1", rows=lambda pairs, comparisons, labelling: pairs.rows)
 def relabel_pairs(pairs: DatasetRef, comparisons: DatasetRef, labelling: Labelling) -> DatasetRef:
-    """Keep, swap or drop each pair by its judged margin; every pair is counted by what became of it and why.
+    """Keep, swap or drop each pair by its judged margin; what is dropped is counted by reason.
 
     Raises:
         DatasetError: no pair is left.
     """
     relabelled = rules.relabel_pairs(read_rows(pairs, Pair), read_rows(comparisons, Comparison), labelling)
     kept = relabelled.pairs
-    log_counts({"pairs": len(kept), "swapped": sum(pair.swapped for pair in kept), **relabelled.counts})
+    log_counts({"pairs": len(kept), "swapped": sum(pair.swapped for pair in kept), **relabelled.drops})
     return write_rows(kept, Pair, step="relabelled", parents=[pairs, comparisons], settings=labelling.key())
 
 

@@ -130,10 +130,10 @@ class Verdict(NamedTuple):
 
 
 class Relabelled(NamedTuple):
-    """The pairs that are left, and counts of pairs by bucket and by what was dropped."""
+    """The pairs that are left, and how many were dropped, by what the judge said of them."""
 
     pairs: list[Pair]
-    counts: Counter[str]
+    drops: Counter[str]
 
 
 def pairwise_prompt(asks: PairwiseAsk, prompt: str, first: str, second: str) -> str:
@@ -214,14 +214,15 @@ def relabel_pairs(pairs: Iterable[Pair], comparisons: Iterable[Comparison], labe
         "own better": "swap",
         "between": labelling.between,
     }
-    left, counts = list[Pair](), Counter[str]()
+    left, drops = list[Pair](), Counter[str]()
     for pair, comparison in _joined(pairs, comparisons):
         bucket = bucket_of(comparison.margin, labelling)
+        if done[bucket] == "drop":
+            drops[f"judged: {bucket}"] += 1
+            continue
         judged = with_rewards(pair, comparison)
-        counts[f"{done[bucket]}: {bucket}"] += 1
-        if done[bucket] != "drop":
-            left.append(swap(judged) if done[bucket] == "swap" else judged)
-    return Relabelled(left, counts)
+        left.append(swap(judged) if done[bucket] == "swap" else judged)
+    return Relabelled(left, drops)
 
 
 def with_rewards(pair: Pair, comparison: Comparison) -> Pair:

@@ -1,0 +1,268 @@
+"""SPIN: a policy plays against human demonstrations (Chen et al. 2024, arXiv:2401.01335, algorithm 1; seed 2; METHODS 4).
+
+With the three repairs of seed 2, each an optional section: a judge that turns pairs round or drops them; noise; and
+both together, by judged margin. Where we differ: one renderer writes what is sampled and what is trained on, both sides
+obey one length cap and truncated rollouts are dropped, where the authors' code gave the policy a length to tell by; the
+published iteration t is iteration t + 1 here, for iteration 0 is the base.
+"""
+
+from typing import Annotated, Literal
+
+from prefect import flow
+from pydantic import Discriminator, Field, Tag, model_validator
+
+from flows.generator_evaluator import TinyJudgingBase
+from flows.rest_em import Base, TinyBase
+from models.specs import SFT, EngineSettings, ModelRef, Preference, PromptTemplate, ReferenceNoise, Sampling, Settings
+from storage.datasets import DatasetRef
+from storage.hub import Source
+from tasks.checking import Read
+from tasks.comparing import compare_pairs, estimate_flip_rate, relabel_pairs
+from tasks.comparisons import AnyAsk, Labelling, LabelsAsk
+from tasks.evaluating import Evaluation, HeldOut, assess
+from tasks.judgements import Asking, as_it_is
+from tasks.judging import check_labels
+from tasks.loading import draw_prompts, load_demonstrations, load_prompts, open_folder
+from tasks.metrics import parse_strategy
+from tasks.mixing import load_both_tasks
+from tasks.playing import describe_pairs, imitate_chosen, pair_with_gold
+from tasks.promoting import begin, promote
+from tasks.promotion import Gate
+from tasks.recording import each_iteration, experiment_run, iteration
+from tasks.reporting import publish_report
+from tasks.sampling import sample_rollouts, shard_threads
+from tasks.training import build_base, train_preferences, train_sft
+
+JudgeModel = Annotated[
+    Annotated[TinyJudgingBase, Tag("tiny")] | Annotated[ModelRef, Tag("model")],
+    Discriminator(lambda base: "tiny" if isinstance(base, TinyBase) or "corpus" in dict(base) else "model"),
+]
+
+
+class PairJudge(Settings):
+    """Repair 1: a judge's labels instead of "human is always better"."""
+
+    base: JudgeModel
+    engine: EngineSettings | None = None  # None: the policy's
+    template: PromptTemplate = PromptTemplate()  # around what the judge is asked
+    asks: AnyAsk = LabelsAsk()
+    labelling: Labelling = Labelling()
+
+    @model_validator(mode="after")
+    def _a_tiny_judge_says_labels(self) -> "PairJudge":
+        if isinstance(self.base, TinyJudgingBase) and not isinstance(self.asks, LabelsAsk):
+            raise ValueError(f"a tiny judge is taught labels and asks.kind is {self.asks.kind!r}; take 'labels'")
+        return self
+
+
+class EmbeddingNoise(Settings):
+    """NEFTune: uniform noise on the policy's embeddings while it is trained; the reference is clean (METHODS 7.4)."""
+
+    alpha: float = Field(default=5.0, gt=0)
+
+
+class RobustLabels(Settings):
+    """The robust loss, with the flip rate that the judge finds among the pairs that are trained on."""
+
+
+class NoisyReference(Settings):
+    """Noise on the reference's logits of rejected sides (DNPO)."""
+
+    pairs: Literal["all", "small margin"] = "all"  # small margin: the adaptive rule, by the judge's margin
+    noise: ReferenceNoise = ReferenceNoise()
+
+
+class Noise(Settings):
+    """Repair 2, in four kinds; the seed does not say which one it used (METHODS 4.6)."""
+
+    embedding: EmbeddingNoise | None = None
+    robust: RobustLabels | None = None
+    temperature: float | None = Field(default=None, gt=0)  # of the rollouts, instead of sampling.temperature
+    reference: NoisyReference | None = None
+
+
+class Spin(Settings):
+    """One SPIN experiment."""
+
+    recipe: Literal["spin"]
+    experiment: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    base: Base
+    engine: EngineSettings
+    marker: str = "FINAL ANSWER:"  # the final answer stands after it
+    template: PromptTemplate = PromptTemplate()
+    demonstrations: Source
+    dev: Source  # the gate decides on these
+    test: Source  # reported only
+    iterations: int = Field(ge=1)
+    prompts_per_iteration: int | None = Field(default=None, ge=1)  # None: all, every time
+    sampling: Sampling
+    mix_last: int = Field(default=2, ge=1)  # pairs of so many iterations are trained on together
+    judge: PairJudge | None = None
+    noise: Noise = Noise()
+    preference: Preference
+    betas: tuple[float, ...] | None = None  # of each iteration; None: preference.beta
+    learning_rates: tuple[float, ...] | None = None  # of each iteration; None: preference.learning_rate
+    sft: SFT | None = None  # the control: imitate the chosen sides instead of preferring them
+    evaluation: Evaluation
+    gate: Gate = Gate(promote="always")  # as published
+    published: dict[str, dict[str, float | None]] | None = None  # policy -> strategy -> percent, shown beside ours
+    seed: int = Field(default=0, ge=0)  # of everything drawn outside the engine; sampling has seeds of its own
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> "Spin":
+        parse_strategy(self.gate.strategy).check(self.evaluation.dev)
+        for name in ("betas", "learning_rates"):
+            given = getattr(self, name)
+            if given is not None and len(given) != self.iterations:
+                raise ValueError(f"{len(given)} {name} for {self.iterations} iterations; give one for each")
+        if self.preference.lora is not None and not self.preference.lora.merge:
+            raise ValueError(
+                "preference.lora.merge is false, but an iteration's policy is merged before the next one gets an "
+                "adapter, so that the model without it is the reference; set it to true"
+            )
+        noise = self.preference.embedding_noise, self.preference.reference_noise
+        if noise != (None, None) or self.preference.label_smoothing:
+            raise ValueError("noise is set under `noise`, not under `preference`; move it there")
+        needs_a_judge = self.noise.robust or (self.noise.reference and self.noise.reference.pairs == "small margin")
+        if needs_a_judge and self.judge is None:
+            raise ValueError("noise.robust and noise by small margin go by a judge's margins, and there is no `judge`")
+        if self.noise.robust and set(self.preference.loss_type) != {"sigmoid"}:
+            raise ValueError("noise.robust takes the place of the sigmoid loss; set preference.loss_type: [sigmoid]")
+        return self
+
+    def reads(self) -> list[Read]:
+        """The sources this experiment reads, and what their rows must have."""
+        corpora = [Read("base.corpus", self.base.corpus, completions=True)] if isinstance(self.base, TinyBase) else []
+        if self.judge is not None and isinstance(self.judge.base, TinyJudgingBase):
+            corpora.append(Read("judge.base.corpus", self.judge.base.corpus, completions=True))
+            corpora += [Read("judge.base.judged", one, answers=True, completions=True) for one in self.judge.base.judged]
+        return [
+            Read("demonstrations", self.demonstrations, completions=True, apart=True),
+            Read("dev", self.dev, answers=True, apart=True),
+            Read("test", self.test, answers=True, apart=True),
+            *corpora,
+        ]
+
+    def templates(self) -> dict[str, tuple[ModelRef | None, PromptTemplate]]:
+        """How the policies are prompted."""
+        return {"all policies": (None if isinstance(self.base, TinyBase) else self.base, self.template)}
+
+    @property
+    def noisy_below(self) -> float | None:
+        """The judged margin below which a pair's reference is noised; None: there is no such rule."""
+        reference = self.noise.reference
+        by_margin = self.judge is not None and reference is not None and reference.pairs == "small margin"
+        return self.judge.labelling.small_below if by_margin and self.judge is not None else None
+
+    def sampling_of(self, iteration: int) -> Sampling:
+        """How the rollouts of this iteration are drawn."""
+        hotter = {} if self.noise.temperature is None else {"temperature": self.noise.temperature}
+        return self.sampling.for_iteration(iteration).model_copy(update=hotter)
+
+    def preference_of(self, iteration: int) -> Preference:
+        """How this iteration is trained, but for a flip rate that is yet to be estimated."""
+        update: dict[str, object] = {}
+        if self.betas is not None:
+            update["beta"] = self.betas[iteration - 1]
+        if self.learning_rates is not None:
+            update["learning_rate"] = self.learning_rates[iteration - 1]
+        if self.noise.embedding is not None:
+            update["embedding_noise"] = self.noise.embedding.alpha
+        if (reference := self.noise.reference) is not None:
+            update["reference_noise"] = reference.noise.model_copy(update={"below_margin": self.noisy_below})
+        return self.preference.model_copy(update=update)
+
+    def label_of(self, iteration: int) -> str:
+        """The policy's name in the report, counted as the seed counts: "SPIN-iter0" is made by iteration 1."""
+        noised = any(part is not None for _, part in self.noise)
+        kinds = [*(["judged"] if self.judge else []), *(["noised"] if noised else [])]
+        return " ".join([*kinds, f"{'SFT' if self.sft else 'SPIN'}-iter{iteration - 1}"])
+
+
+@flow(name="spin", flow_run_name="{config.experiment}", task_runner=shard_threads())
+def spin(config: Spin) -> ModelRef:
+    """Play against the demonstrations; each policy's reference and opponent is the one before. Returns the last one."""
+    with experiment_run(config.experiment, config.model_dump(mode="json")) as experiment:
+        demonstrations = load_demonstrations(config.demonstrations, config.marker)  # (x, y)
+        prompts = load_prompts(config.demonstrations, without=())
+        held_out = HeldOut(load_prompts(config.dev, without=()), load_prompts(config.test, without=()))
+        measure = (held_out, config.evaluation, config.gate, config.engine, config.marker)
+        with iteration(0):
+            standing = assess(open_base(config), config.template, *measure)  # p_theta_0
+            begin(experiment, standing)
+            judge = open_judge(config)
+        recent: list[DatasetRef] = []
+        for number in each_iteration(range(1, config.iterations + 1)):
+            policy, sampling = standing.policy, config.sampling_of(number)
+            drawn = draw_prompts(prompts, config.prompts_per_iteration or prompts.rows, number, config.seed)
+            rollouts = sample_rollouts(policy, drawn, config.template, sampling, config.engine)  # y' ~ p_theta_t
+            pairs = pair_with_gold(
+                rollouts, demonstrations, policy, config.template, sampling.max_completion_tokens, number
+            )  # y against y'
+            compared = None
+            if config.judge is not None and judge is not None:
+                compared = compare(config, config.judge, judge, pairs)
+                pairs = relabel_pairs(pairs, compared, config.judge.labelling)  # keep, swap or drop by margin
+            recent = [*recent, pairs][-config.mix_last :]  # D_t and D_{t-1}
+            policy = learn(config, policy, tuple(recent), number)  # theta_{t+1}
+            labelling = config.judge.labelling if config.judge is not None else None
+            figures = describe_pairs(
+                pairs, standing.policy, config.template, compared, labelling, config.noisy_below
+            )
+            challenger = assess(policy, config.template, *measure)
+            standing = promote(
+                experiment,
+                config.label_of(number),
+                challenger,
+                standing,
+                config.gate,
+                rollouts=rollouts,
+                pairs=pairs,
+                pair_figures=figures,
+            )
+    publish_report(experiment)
+    return standing.policy
+
+
+def learn(config: Spin, policy: ModelRef, pairs: tuple[DatasetRef, ...], number: int) -> ModelRef:
+    """Train the policy to prefer the chosen sides, itself as it is being the reference; or, as a control, to imitate."""
+    if config.sft is not None:
+        return train_sft(
+            policy, tuple(imitate_chosen(one, number) for one in pairs), config.template, config.sft
+        )
+    preference = config.preference_of(number)
+    if config.noise.robust is not None and config.judge is not None:
+        rate = estimate_flip_rate(pairs, config.judge.labelling.small_below)
+        preference = preference.model_copy(update={"loss_type": ("robust",), "label_smoothing": rate})
+    return train_preferences(policy, pairs, config.template, preference)
+
+
+def compare(config: Spin, settings: PairJudge, judge: ModelRef, pairs: DatasetRef) -> DatasetRef:
+    """What the judge thinks of the pairs."""
+    engine = settings.engine or config.engine
+    return compare_pairs(judge, pairs, settings.asks, settings.template, engine, config.marker)
+
+
+def open_base(config: Spin) -> ModelRef:
+    """The model the experiment starts from."""
+    if isinstance(config.base, TinyBase):
+        corpus = load_demonstrations(config.base.corpus, config.marker)
+        return build_base(corpus, config.base.tiny, config.template)
+    return open_folder(config.base)
+
+
+def open_judge(config: Spin) -> ModelRef | None:
+    """The model that judges, if there is one, found able to say its labels."""
+    if config.judge is None:
+        return None
+    base, asks = config.judge.base, config.judge.asks
+    if not isinstance(asks, LabelsAsk):
+        return open_folder(base) if isinstance(base, ModelRef) else None
+    asking = Asking(judge=asks.judge, template=config.judge.template, marker=config.marker)
+    judge = base if isinstance(base, ModelRef) else None
+    if isinstance(base, TinyJudgingBase):
+        judge = build_base(load_both_tasks(base.corpus, base.judged, asking), base.tiny, as_it_is(asking.template))
+    assert judge is not None
+    judge = open_folder(judge)
+    check_labels(judge, asking, config.judge.engine or config.engine)
+    return judge
