@@ -33,9 +33,17 @@ from tasks.reporting import publish_report
 from tasks.sampling import sample_rollouts, shard_threads
 from tasks.training import build_base, train_preferences, train_sft
 
+
+def _kind_of_judge(base: object) -> str:
+    if isinstance(base, TinyBase):
+        return "judging" if isinstance(base, TinyJudgingBase) else "tiny"
+    given = dict(base) if isinstance(base, dict) else {}
+    return "judging" if "judged" in given else "tiny" if "corpus" in given else "model"
+
+
 JudgeModel = Annotated[
-    Annotated[TinyJudgingBase, Tag("tiny")] | Annotated[ModelRef, Tag("model")],
-    Discriminator(lambda base: "tiny" if isinstance(base, TinyBase) or "corpus" in dict(base) else "model"),
+    Annotated[TinyJudgingBase, Tag("judging")] | Annotated[TinyBase, Tag("tiny")] | Annotated[ModelRef, Tag("model")],
+    Discriminator(_kind_of_judge),
 ]
 
 
@@ -49,9 +57,13 @@ class PairJudge(Settings):
     labelling: Labelling = Labelling()
 
     @model_validator(mode="after")
-    def _a_tiny_judge_says_labels(self) -> "PairJudge":
-        if isinstance(self.base, TinyJudgingBase) and not isinstance(self.asks, LabelsAsk):
-            raise ValueError(f"a tiny judge is taught labels and asks.kind is {self.asks.kind!r}; take 'labels'")
+    def _a_tiny_judge_was_taught_what_it_is_asked(self) -> "PairJudge":
+        taught = {TinyJudgingBase: "labels", TinyBase: "likelihood"}.get(type(self.base))
+        if taught not in (None, self.asks.kind):
+            raise ValueError(
+                f"a tiny judge with a corpus of judgements (`judged`) says labels, one without knows likelihoods: this "
+                f"one is for asks.kind {taught!r}, and it is {self.asks.kind!r}"
+            )
         return self
 
 
@@ -133,9 +145,10 @@ class Spin(Settings):
     def reads(self) -> list[Read]:
         """The sources this experiment reads, and what their rows must have."""
         corpora = [Read("base.corpus", self.base.corpus, completions=True)] if isinstance(self.base, TinyBase) else []
-        if self.judge is not None and isinstance(self.judge.base, TinyJudgingBase):
+        if self.judge is not None and isinstance(self.judge.base, TinyBase):
             corpora.append(Read("judge.base.corpus", self.judge.base.corpus, completions=True))
-            corpora += [Read("judge.base.judged", one, answers=True, completions=True) for one in self.judge.base.judged]
+            judged = self.judge.base.judged if isinstance(self.judge.base, TinyJudgingBase) else ()
+            corpora += [Read("judge.base.judged", one, answers=True, completions=True) for one in judged]
         return [
             Read("demonstrations", self.demonstrations, completions=True, apart=True),
             Read("dev", self.dev, answers=True, apart=True),
@@ -256,8 +269,11 @@ def open_judge(config: Spin) -> ModelRef | None:
     if config.judge is None:
         return None
     base, asks = config.judge.base, config.judge.asks
+    if type(base) is TinyBase:
+        return build_base(load_demonstrations(base.corpus, config.marker), base.tiny, config.judge.template)
     if not isinstance(asks, LabelsAsk):
-        return open_folder(base) if isinstance(base, ModelRef) else None
+        assert isinstance(base, ModelRef)
+        return open_folder(base)
     asking = Asking(judge=asks.judge, template=config.judge.template, marker=config.marker)
     judge = base if isinstance(base, ModelRef) else None
     if isinstance(base, TinyJudgingBase):

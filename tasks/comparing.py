@@ -20,7 +20,7 @@ from storage.datasets import DatasetRef, read_rows, write_rows
 from storage.rows import Comparison, Pair
 from tasks import comparisons as rules
 from tasks.caching import RETRY_DELAYS_SECONDS, log_counts, step
-from tasks.comparisons import AnyAsk, Labelling, LabelsAsk, PairwiseAsk, RewardAsk, ScoresAsk, Verdict
+from tasks.comparisons import AnyAsk, Labelling, LabelsAsk, LikelihoodAsk, PairwiseAsk, RewardAsk, ScoresAsk, Verdict
 from tasks.judgements import confidence, judge_prompt
 from tasks.judging import JudgeError
 from tasks.serving import give_back_accelerator, local_model, raise_if_stopping, serve, stopping
@@ -170,6 +170,8 @@ def _verdict(one: Told, other: Told, asks: AnyAsk) -> Verdict:
         return Verdict(None, None, failure)
     if isinstance(asks, PairwiseAsk):
         return rules.both_orders(one.value, other.value)
+    if isinstance(asks, LikelihoodAsk):
+        return rules.bradley_terry(one.value, other.value, rules.NO_SCORE)
     missing = rules.NO_LABEL if isinstance(asks, LabelsAsk) else rules.NO_SCORE
     return rules.each_by_itself(one.value, other.value, missing)
 
@@ -195,6 +197,9 @@ def _answer(bench: Bench, prompt: str, first: str, second: str) -> float | None:
         messages = messages_of(bench.template, judge_prompt(asks.judge, prompt, first, bench.marker))
         positive, negative = engine.score(messages, (asks.judge.positive, asks.judge.negative))
         return confidence(asks.judge, sum(positive), sum(negative))
+    if isinstance(asks, LikelihoodAsk):
+        (tokens,) = engine.score(messages_of(bench.template, prompt), (first,))
+        return sum(tokens) / len(tokens) / asks.temperature if tokens else None
     if isinstance(asks, PairwiseAsk):
         messages = messages_of(bench.template, rules.pairwise_prompt(asks, prompt, first, second))
         if asks.read == "logprobs":

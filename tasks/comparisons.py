@@ -21,7 +21,7 @@ from tasks.pairs import swap
 
 JUDGED, DISAGREE, NO_LABEL, NO_SCORE = "judged", "orders disagree", "no label", "no score"
 LARGEST_FLIP_RATE = 0.45  # the robust loss has a pole at one half
-_SCORE = re.compile(r"(?:score\D{0,3}|\A\s*)(-?\d+(?:\.\d+)?)", re.IGNORECASE)
+_SCORE = re.compile(r"(?:score\s*[:=]?\s*|\A\s*)(-?\d+(?:\.\d+)?)", re.IGNORECASE)
 
 
 class Asks(Settings):
@@ -39,6 +39,13 @@ class LabelsAsk(Asks):
 
     kind: Literal["labels"] = "labels"
     judge: Judge = Judge()
+
+
+class LikelihoodAsk(Asks):
+    """No question at all: how likely each completion is to a better writer, a token; Bradley-Terry makes it a share."""
+
+    kind: Literal["likelihood"] = "likelihood"
+    temperature: float = Field(default=0.2, gt=0)  # nats a token; a lead of so much is a share of 73 %
 
 
 class PairwiseAsk(Asks):
@@ -95,7 +102,7 @@ class RewardAsk(Asks):
     precision: Literal["float32", "bfloat16", "float16"] = "float32"
 
 
-AnyAsk = Annotated[LabelsAsk | PairwiseAsk | ScoresAsk | RewardAsk, Field(discriminator="kind")]
+AnyAsk = Annotated[LabelsAsk | LikelihoodAsk | PairwiseAsk | ScoresAsk | RewardAsk, Field(discriminator="kind")]
 
 
 class Labelling(Settings):
