@@ -1,4 +1,4 @@
-"""SPIN: a policy plays against human demonstrations (Chen et al. 2024, arXiv:2401.01335, algorithm 1; seed 2; METHODS 4).
+"""SPIN: a policy plays against human demonstrations (Chen et al. 2024, arXiv:2401.01335, algorithm 1; METHODS 4).
 
 With the three repairs of seed 2, each an optional section: a judge that turns pairs round or drops them; noise; and
 both together, by judged margin. Where we differ: one renderer writes what is sampled and what is trained on, both sides
@@ -105,6 +105,7 @@ class Spin(Settings):
     demonstrations: Source
     dev: Source  # the gate decides on these
     test: Source  # reported only
+    warm_up: SFT | None = None  # fine-tune the base on the demonstrations first; None: it is p_theta_0 already
     iterations: int = Field(ge=1)
     prompts_per_iteration: int | None = Field(default=None, ge=1)  # None: all, every time
     sampling: Sampling
@@ -201,7 +202,10 @@ def spin(config: Spin) -> ModelRef:
         held_out = HeldOut(load_prompts(config.dev, without=()), load_prompts(config.test, without=()))
         measure = (held_out, config.evaluation, config.gate, config.engine, config.marker)
         with iteration(0):
-            standing = assess(open_base(config), config.template, *measure)  # p_theta_0
+            base = open_base(config)
+            if config.warm_up is not None:
+                base = train_sft(base, (demonstrations,), config.template, config.warm_up)
+            standing = assess(base, config.template, *measure)  # p_theta_0
             begin(experiment, standing)
             judge = open_judge(config)
         recent: list[DatasetRef] = []
@@ -219,9 +223,7 @@ def spin(config: Spin) -> ModelRef:
             recent = [*recent, pairs][-config.mix_last :]  # D_t and D_{t-1}
             policy = learn(config, policy, tuple(recent), number)  # theta_{t+1}
             labelling = config.judge.labelling if config.judge is not None else None
-            figures = describe_pairs(
-                pairs, standing.policy, config.template, compared, labelling, config.noisy_below
-            )
+            figures = describe_pairs(pairs, standing.policy, config.template, compared, labelling, config.noisy_below)
             challenger = assess(policy, config.template, *measure)
             standing = promote(
                 experiment,
@@ -238,11 +240,9 @@ def spin(config: Spin) -> ModelRef:
 
 
 def learn(config: Spin, policy: ModelRef, pairs: tuple[DatasetRef, ...], number: int) -> ModelRef:
-    """Train the policy to prefer the chosen sides, itself as it is being the reference; or, as a control, to imitate."""
+    """Train the policy to prefer the chosen sides, its own reference as it starts; or, as a control, to imitate them."""
     if config.sft is not None:
-        return train_sft(
-            policy, tuple(imitate_chosen(one, number) for one in pairs), config.template, config.sft
-        )
+        return train_sft(policy, tuple(imitate_chosen(one, number) for one in pairs), config.template, config.sft)
     preference = config.preference_of(number)
     if config.noise.robust is not None and config.judge is not None:
         rate = estimate_flip_rate(pairs, config.judge.labelling.small_below)

@@ -41,7 +41,7 @@ def scale_class() -> Any:
     """The module that says how large the noise is; made here, since torch is imported late."""
     import torch
 
-    class Reversed(torch.autograd.Function):
+    class Reversed(torch.autograd.Function):  # type: ignore[misc] # untyped base
         """The same value forwards, the opposite gradient backwards."""
 
         @staticmethod
@@ -65,7 +65,7 @@ def scale_class() -> Any:
             torch.nn.init.constant_(self.linear.bias, log(share / (1 - share)))
 
         def forward(self, hidden_states: Any) -> tuple[Any, Any]:
-            """The scale, through which gradients come back turned round, and its variance, through which they do not."""
+            """The scale, through which gradients come back turned round, and its variance, where they do not."""
             scale = self.bound * torch.sigmoid(self.linear(hidden_states.float()))
             return Reversed.apply(scale), scale.square()
 
@@ -106,7 +106,7 @@ def noisy_reference(trainer_class: Any) -> Any:
 
         def create_optimizer(self, *arguments: Any) -> Any:
             optimizer = super().create_optimizer(*arguments)
-            if self.scale is not None:
+            if self.scale is not None and self.noise.learned is not None:
                 rate = self.noise.learned.learning_rate
                 optimizer.add_param_group({"params": list(self.scale.parameters()), "lr": rate, "weight_decay": 0.0})
                 optimizer.register_step_post_hook(lambda *_: self.scale.zero_grad())  # Trainer clears the model's only
@@ -114,7 +114,7 @@ def noisy_reference(trainer_class: Any) -> Any:
 
         def _set_signature_columns_if_needed(self) -> None:
             super()._set_signature_columns_if_needed()
-            self._signature_columns = list(dict.fromkeys([*self._signature_columns, NOISY]))
+            self._signature_columns: list[str] = list(dict.fromkeys([*self._signature_columns, NOISY]))
 
         def _compute_loss(self, model: Any, inputs: dict[str, Any], return_outputs: bool) -> Any:
             marks = inputs[NOISY]
@@ -122,7 +122,7 @@ def noisy_reference(trainer_class: Any) -> Any:
             chosen, rejected, variance = self._reference(inputs, marks)
             inputs |= {"ref_chosen_logps": chosen, "ref_rejected_logps": rejected}
             told = super()._compute_loss(model, inputs, return_outputs)
-            if variance is None:
+            if variance is None or self.noise.learned is None:
                 return told
             self._metrics["train"]["reference_noise/scale"].append(variance.sqrt().item())
             penalty = self.noise.learned.penalty * variance

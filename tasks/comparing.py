@@ -82,9 +82,7 @@ def compare_shard(
             rejected_index=row.rejected_index,
             chosen_reward=verdict.chosen,
             rejected_reward=verdict.rejected,
-            margin=None
-            if verdict.chosen is None or verdict.rejected is None
-            else verdict.chosen - verdict.rejected,
+            margin=None if verdict.chosen is None or verdict.rejected is None else verdict.chosen - verdict.rejected,
             reason=verdict.reason,
             judge=judge.identity,
         )
@@ -155,7 +153,7 @@ def _by_engine(rows: list[Pair], bench: Bench) -> Iterator[Verdict]:
             f"judge.asks.maximum_error_rate is {asks.maximum_error_rate:g}; the first: {broken[0]}"
         )
     log_counts({"asked": len(answered), **({"engine errors": len(broken)} if broken else {})})
-    return (_verdict(*(answered[question] for question in _questions(row, asks)), asks) for row in rows)
+    return (_verdict(asks, *(answered[question] for question in _questions(row, asks))) for row in rows)
 
 
 def _questions(row: Pair, asks: AnyAsk) -> tuple[tuple[str, str, str], tuple[str, str, str]]:
@@ -165,7 +163,7 @@ def _questions(row: Pair, asks: AnyAsk) -> tuple[tuple[str, str, str], tuple[str
     return (row.prompt, row.chosen, ""), (row.prompt, row.rejected, "")
 
 
-def _verdict(one: Told, other: Told, asks: AnyAsk) -> Verdict:
+def _verdict(asks: AnyAsk, one: Told, other: Told) -> Verdict:
     if failure := one.failure or other.failure:
         return Verdict(None, None, failure)
     if isinstance(asks, PairwiseAsk):
@@ -205,8 +203,8 @@ def _answer(bench: Bench, prompt: str, first: str, second: str) -> float | None:
         if asks.read == "logprobs":
             one, other = engine.score(messages, (asks.first, asks.second))
             return rules.share_of_first(asks, sum(one), sum(other))
-        (written,) = _write(bench, messages, 1, 0.0, asks.max_completion_tokens)
-        return rules.read_choice(asks, written)
+        (choice,) = _write(bench, messages, 1, 0.0, asks.max_completion_tokens)
+        return rules.read_choice(asks, choice)
     assert isinstance(asks, ScoresAsk)
     messages = messages_of(bench.template, rules.score_prompt(asks, prompt, first))
     written = _write(bench, messages, asks.samples, asks.temperature, asks.max_completion_tokens)
@@ -221,7 +219,9 @@ def _write(bench: Bench, messages: tuple[Message, ...], samples: int, temperatur
 
 
 def _by_reward_model(rows: list[Pair], bench: Bench, asks: RewardAsk) -> Iterator[Verdict]:
-    texts = tuple(dict.fromkeys(text for row in rows for text in ((row.prompt, row.chosen), (row.prompt, row.rejected))))
+    texts = tuple(
+        dict.fromkeys(text for row in rows for text in ((row.prompt, row.chosen), (row.prompt, row.rejected)))
+    )
     give_back_accelerator()
     local, context = local_model(bench.judge), copy_context()
     job = RewardJob(

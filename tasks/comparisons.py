@@ -261,7 +261,9 @@ def lengths(about: str, tokens: Sequence[int]) -> list[PairFigure]:
     values = np.array(tokens)
     told = {"mean": values.mean(), "median": np.median(values), "95th percentile": np.percentile(values, 95)}
     figures = {**told, "longest": values.max()}
-    return [PairFigure(about=about, name=f"tokens, {name}", value=float(v), n=len(tokens)) for name, v in figures.items()]
+    return [
+        PairFigure(about=about, name=f"tokens, {name}", value=float(v), n=len(tokens)) for name, v in figures.items()
+    ]
 
 
 def label_figures(

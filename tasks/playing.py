@@ -103,7 +103,5 @@ def token_counter(policy: ModelRef, template: PromptTemplate) -> Callable[[str, 
     local = local_model(policy)
     if fake_engine.is_fake(local.weights):
         return lambda _, completion: len(_WORD.findall(completion))
-    tokenizer = load_tokenizer(
-        local.weights, policy.chat_template, policy.trust_remote_code, revision=policy.revision
-    )
+    tokenizer = load_tokenizer(local.weights, policy.chat_template, policy.trust_remote_code, revision=policy.revision)
     return lambda prompt, completion: len(render_completion(tokenizer, messages_of(template, prompt), completion))

@@ -113,7 +113,7 @@ def render(experiment: Experiment) -> str:
         loss_plot=_loss_plot(iterations),
         published=published_rows(config, iterations),
         calibrations=[(record.label, table) for record in iterations if (table := _calibrations(record))],
-        pairs=[(record.label, table) for record in iterations if (table := _pair_figures(record))],
+        pairs=[(record.label, told) for record in iterations if (told := _pair_figures(record))],
         samples=[sample for record in iterations for sample in _samples(record)],
         steps=experiment.steps(run=experiment.state().run),
         config=json.dumps(config, indent=1),

@@ -1,6 +1,7 @@
 """The SPIN recipe, end to end on the fake engine."""
 
 import json
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -52,7 +53,7 @@ def test_each_iteration_is_played_against_and_trained_from_the_policy_before_it(
     records = run_plainly(*PLAIN, "iterations=3", "betas=null").iterations()
     trained = {result["value"]["digest"]: result["key_parts"]["inputs"] for result in done("train_preferences")}
     assert len(trained) == 3
-    for before, after in zip(records, records[1:], strict=False):
+    for before, after in pairwise(records):
         policy = before.policy["digest"] or f"{before.policy['name']}@unpinned"
         rollouts = read_rows(DatasetRef(**after.references["rollouts"]), Rollout)
         assert {row.policy for row in rollouts} == {policy}
@@ -139,7 +140,9 @@ def test_each_noise_reaches_the_settings_it_is_meant_for() -> None:
     assert (embedding.embedding_noise, embedding.reference_noise) == (5, None)
     hotter = config_of(SMOKE, "judge=null", "noise={temperature: 1.3}")
     assert (hotter.sampling_of(2).temperature, hotter.sampling_of(2).seed) == (1.3, 2)
-    everywhere = config_of(SMOKE, "judge=null", "noise={reference: {noise: {scale: 0.5, learned: {}}}}").preference_of(1)
+    everywhere = config_of(SMOKE, "judge=null", "noise={reference: {noise: {scale: 0.5, learned: {}}}}").preference_of(
+        1
+    )
     assert everywhere.reference_noise is not None
     assert everywhere.reference_noise.below_margin is None
     assert everywhere.reference_noise.learned is not None

@@ -50,7 +50,7 @@ def test_embedding_noise_that_would_reach_the_reference_is_refused() -> None:
 def test_the_noised_log_probs_and_their_loss_are_those_worked_by_hand() -> None:
     import torch
 
-    # Two tokens in the vocabulary, logits 0 and 0, standard deviation 2, draws 0.5 and -0.5: the logits become 1 and -1.
+    # Two tokens in the vocabulary, logits 0 and 0, standard deviation 2, draws 0.5 and -0.5: they become 1 and -1.
     # log p(0) = -ln(1 + e^-2) = -0.126928; log p(1) = -2.126928.
     logits, normal = torch.zeros(1, 2, 2), torch.tensor([[[0.5, -0.5], [0.5, -0.5]]])
     told = noise.noised_log_probs(logits, torch.tensor([[0, 1]]), 2.0, normal)
@@ -116,9 +116,7 @@ def test_the_first_loss_under_noise_is_the_one_figured_from_the_model_itself(
     from transformers import AutoModelForCausalLM
 
     monkeypatch.setattr(torch, "randn_like", lambda like: like.new_tensor(1.0).expand_as(like) * (like > like.mean()))
-    job = preference_job(
-        max_steps=1, global_batch_size=len(SUMS), beta=0.5, reference_noise=ReferenceNoise(scale=0.7)
-    )
+    job = preference_job(max_steps=1, global_batch_size=len(SUMS), beta=0.5, reference_noise=ReferenceNoise(scale=0.7))
     trainers.fit_preferences(job)
     model, losses = AutoModelForCausalLM.from_pretrained(job.weights), []
     for row in seen[0].train_dataset:

@@ -50,7 +50,9 @@ def test_scores_are_those_of_the_model_whatever_the_batch_and_too_long_is_unknow
     model = AutoModelForSequenceClassification.from_pretrained(reward_model).eval()
     expected = []
     for prompt, completion in TEXTS[:2]:
-        ids = tokenizer(f"Instruct: {prompt}\nOutput:\n{completion}<|endoftext|>", add_special_tokens=False)["input_ids"]
+        ids = tokenizer(f"Instruct: {prompt}\nOutput:\n{completion}<|endoftext|>", add_special_tokens=False)[
+            "input_ids"
+        ]
         with torch.no_grad():
             expected.append(float(model(torch.tensor([ids])).logits[0, 0]))
     for batch_size in (1, 4):

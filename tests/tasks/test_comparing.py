@@ -157,7 +157,10 @@ def test_a_reward_model_gives_scores_and_texts_too_long_for_it_are_undecided(mon
     ref = compare_pairs(JUDGE, pairs("a", "b"), RewardAsk(maximum_undecided=0.5), TEMPLATE, ENGINE, "x")
     first, second = read_rows(ref, Comparison)
     # sigmoid(1 - 3) = 0.119203
-    assert (first.chosen_reward, first.margin) == (pytest.approx(0.119203, abs=1e-6), pytest.approx(-0.761594, abs=1e-6))
+    assert (first.chosen_reward, first.margin) == (
+        pytest.approx(0.119203, abs=1e-6),
+        pytest.approx(-0.761594, abs=1e-6),
+    )
     assert (second.margin, second.reason) == (None, "longer than max_length")
     assert len(asked) == 4
 

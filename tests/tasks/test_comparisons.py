@@ -159,7 +159,9 @@ def test_lengths_and_labels_are_told_as_figures() -> None:
     assert told["tokens, longest"] == 8
     compared = [comparison(-0.7), comparison(0.05), comparison(0.0, reason="orders disagree"), comparison(None)]
     left = [replace(pair(margin=0.7), swapped=True), pair(margin=0.05), pair(margin=0.0)]
-    figures = {(row.about, row.name): (row.value, row.n) for row in rules.label_figures(left, compared, Labelling(), 0.1)}
+    figures = {
+        (row.about, row.name): (row.value, row.n) for row in rules.label_figures(left, compared, Labelling(), 0.1)
+    }
     assert figures["judged", "own better"] == (1, 4)
     assert figures["judged", "small margin"] == (2, 4)
     assert figures["judged", "undecided"] == (1, 4)
