@@ -16,10 +16,13 @@ from flows.rest_em import Base, TinyBase
 from models.specs import SFT, EngineSettings, ModelRef, Preference, PromptTemplate, ReferenceNoise, Sampling, Settings
 from storage.datasets import DatasetRef
 from storage.hub import Source
+from tasks.benchmarking import evaluate_benchmark
+from tasks.benchmarks import Benchmarks
 from tasks.checking import Read
 from tasks.comparing import compare_pairs, estimate_flip_rate, relabel_pairs
 from tasks.comparisons import AnyAsk, Labelling, LabelsAsk
-from tasks.evaluating import Evaluation, HeldOut, assess
+from tasks.evaluating import Contender, Evaluation, HeldOut, assess
+from tasks.headlining import evaluate_headlines
 from tasks.judgements import Asking, as_it_is
 from tasks.judging import check_labels
 from tasks.loading import draw_prompts, load_demonstrations, load_prompts, open_folder
@@ -28,7 +31,7 @@ from tasks.mixing import load_both_tasks
 from tasks.playing import describe_pairs, imitate_chosen, pair_with_gold
 from tasks.promoting import begin, promote
 from tasks.promotion import Gate
-from tasks.recording import each_iteration, experiment_run, iteration
+from tasks.recording import each_iteration, experiment_run, iteration, split
 from tasks.reporting import publish_report
 from tasks.sampling import sample_rollouts, shard_threads
 from tasks.training import build_base, train_preferences, train_sft
@@ -103,8 +106,8 @@ class Spin(Settings):
     marker: str = "FINAL ANSWER:"  # the final answer stands after it
     template: PromptTemplate = PromptTemplate()
     demonstrations: Source
-    dev: Source  # the gate decides on these
-    test: Source  # reported only
+    dev: Source | None = None  # the gate decides on these
+    test: Source | None = None  # reported only
     warm_up: SFT | None = None  # fine-tune the base on the demonstrations first; None: it is p_theta_0 already
     iterations: int = Field(ge=1)
     prompts_per_iteration: int | None = Field(default=None, ge=1)  # None: all, every time
@@ -116,14 +119,24 @@ class Spin(Settings):
     betas: tuple[float, ...] | None = None  # of each iteration; None: preference.beta
     learning_rates: tuple[float, ...] | None = None  # of each iteration; None: preference.learning_rate
     sft: SFT | None = None  # the control: imitate the chosen sides instead of preferring them
-    evaluation: Evaluation
+    evaluation: Evaluation | None = None  # on dev and test
+    benchmarks: Benchmarks | None = None  # lm-eval's
     gate: Gate = Gate(promote="always")  # as published
     published: dict[str, dict[str, float | None]] | None = None  # policy -> strategy -> percent, shown beside ours
     seed: int = Field(default=0, ge=0)  # of everything drawn outside the engine; sampling has seeds of its own
 
     @model_validator(mode="after")
     def _fits_together(self) -> "Spin":
-        parse_strategy(self.gate.strategy).check(self.evaluation.dev)
+        held_out = {name: getattr(self, name) for name in ("dev", "test", "evaluation")}
+        if missing := [name for name, given in held_out.items() if given is None]:
+            if len(missing) < 3 or self.benchmarks is None or self.gate.promote != "always":
+                raise ValueError(
+                    f"{', '.join(missing)} missing: a policy is measured on dev and test as evaluation says, or on "
+                    "benchmarks alone, which decide nothing, with gate.promote: always"
+                )
+        else:
+            assert self.evaluation is not None
+            parse_strategy(self.gate.strategy).check(self.evaluation.dev)
         for name in ("betas", "learning_rates"):
             given = getattr(self, name)
             if given is not None and len(given) != self.iterations:
@@ -150,10 +163,10 @@ class Spin(Settings):
             corpora.append(Read("judge.base.corpus", self.judge.base.corpus, completions=True))
             judged = self.judge.base.judged if isinstance(self.judge.base, TinyJudgingBase) else ()
             corpora += [Read("judge.base.judged", one, answers=True, completions=True) for one in judged]
+        held_out = {"dev": self.dev, "test": self.test}
         return [
             Read("demonstrations", self.demonstrations, completions=True, apart=True),
-            Read("dev", self.dev, answers=True, apart=True),
-            Read("test", self.test, answers=True, apart=True),
+            *(Read(name, one, answers=True, apart=True) for name, one in held_out.items() if one is not None),
             *corpora,
         ]
 
@@ -199,13 +212,12 @@ def spin(config: Spin) -> ModelRef:
     with experiment_run(config.experiment, config.model_dump(mode="json")) as experiment:
         demonstrations = load_demonstrations(config.demonstrations, config.marker)  # (x, y)
         prompts = load_prompts(config.demonstrations, without=())
-        held_out = HeldOut(load_prompts(config.dev, without=()), load_prompts(config.test, without=()))
-        measure = (held_out, config.evaluation, config.gate, config.engine, config.marker)
+        held_out = load_held_out(config)
         with iteration(0):
             base = open_base(config)
             if config.warm_up is not None:
                 base = train_sft(base, (demonstrations,), config.template, config.warm_up)
-            standing = assess(base, config.template, *measure)  # p_theta_0
+            standing = measure(config, base, held_out)  # p_theta_0
             begin(experiment, standing)
             judge = open_judge(config)
         recent: list[DatasetRef] = []
@@ -224,7 +236,7 @@ def spin(config: Spin) -> ModelRef:
             policy = learn(config, policy, tuple(recent), number)  # theta_{t+1}
             labelling = config.judge.labelling if config.judge is not None else None
             figures = describe_pairs(pairs, standing.policy, config.template, compared, labelling, config.noisy_below)
-            challenger = assess(policy, config.template, *measure)
+            challenger = measure(config, policy, held_out)
             standing = promote(
                 experiment,
                 config.label_of(number),
@@ -240,7 +252,7 @@ def spin(config: Spin) -> ModelRef:
 
 
 def learn(config: Spin, policy: ModelRef, pairs: tuple[DatasetRef, ...], number: int) -> ModelRef:
-    """Train the policy to prefer the chosen sides, its own reference as it starts; or, as a control, to imitate them."""
+    """Train the policy to prefer the chosen sides, its reference as it starts; or, as a control, to imitate them."""
     if config.sft is not None:
         return train_sft(policy, tuple(imitate_chosen(one, number) for one in pairs), config.template, config.sft)
     preference = config.preference_of(number)
@@ -248,6 +260,31 @@ def learn(config: Spin, policy: ModelRef, pairs: tuple[DatasetRef, ...], number:
         rate = estimate_flip_rate(pairs, config.judge.labelling.small_below)
         preference = preference.model_copy(update={"loss_type": ("robust",), "label_smoothing": rate})
     return train_preferences(policy, pairs, config.template, preference)
+
+
+def load_held_out(config: Spin) -> HeldOut | None:
+    """The prompts no policy is trained on; None: there are benchmarks only."""
+    if config.dev is None or config.test is None:
+        return None
+    return HeldOut(load_prompts(config.dev, without=()), load_prompts(config.test, without=()))
+
+
+def measure(config: Spin, policy: ModelRef, held_out: HeldOut | None) -> Contender:
+    """How a policy does on dev and test, and on benchmarks; without dev, the gate that lets all pass sees these."""
+    contender = None
+    if held_out is not None and config.evaluation is not None:
+        contender = assess(
+            policy, config.template, held_out, config.evaluation, config.gate, config.engine, config.marker
+        )
+    if config.benchmarks is None:
+        assert contender is not None  # _fits_together
+        return contender
+    with split("test"):
+        answered = tuple(
+            evaluate_benchmark(policy, config.template, one, config.engine) for one in config.benchmarks.tasks
+        )
+        test = evaluate_headlines(answered, None if contender is None else contender.test)
+    return Contender(policy, config.template, test if contender is None else contender.dev, test)
 
 
 def compare(config: Spin, settings: PairJudge, judge: ModelRef, pairs: DatasetRef) -> DatasetRef:

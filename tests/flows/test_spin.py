@@ -15,6 +15,8 @@ from storage.datasets import DatasetRef, read_rows
 from storage.experiments import Experiment
 from storage.home import home
 from storage.rows import Pair, PairFigure, Rollout
+from tasks.reporting import published_rows
+from tests.benchmark_documents import write_documents
 from tests.flows.builders import PRESETS, heard, stored
 
 FOLDER = PRESETS / "spin"
@@ -173,9 +175,78 @@ def test_the_control_imitates_the_same_chosen_sides() -> None:
     assert records[2].funnel["trained_on"] == records[1].funnel["pairs"] + records[2].funnel["pairs"]
 
 
+def chats(root: Path, count: int) -> None:
+    """UltraChat in its own format and folder, of our own sums."""
+    folder = root / "HuggingFaceH4" / "ultrachat_200k"
+    folder.mkdir(parents=True)
+    with (folder / "train_sft.jsonl").open("w") as lines:
+        for n in range(count):
+            told = f"{n} + 2 = {n + 2}\nFINAL ANSWER: {n + 2}"
+            turns = [("user", f"What is {n} + 2?"), ("assistant", told), ("user", "And then?"), ("assistant", "Then?")]
+            messages = [{"role": role, "content": content} for role, content in turns]
+            lines.write(json.dumps({"prompt": turns[0][1], "prompt_id": str(n), "messages": messages}) + "\n")
+
+
+@pytest.mark.flow
+@pytest.mark.parametrize("name", ["zephyr_ultrachat", "llama2_ultrachat"])
+def test_the_seeds_presets_can_be_planned_without_a_model(
+    name: str, tmp_path: Path, ratchet_home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    chats(tmp_path, 10)
+    monkeypatch.setenv("RATCHET_DATA", str(tmp_path))
+    monkeypatch.chdir(PRESETS.parents[1])
+    ran = CliRunner().invoke(app, ["plan", str(FOLDER / f"{name}.yaml"), "--json"])
+    assert ran.exit_code == 0, ran.output
+    plan = json.loads(ran.stdout)
+    told = [step["step"] for step in plan["steps"]]
+    assert told.count("train_preferences") == 4
+    assert told.count("answer_benchmark") == 5 * 8  # the base and four policies, eight benchmarks each
+    assert ("train_sft" in told) is (name == "llama2_ultrachat")
+    assert "And then?" not in json.dumps(plan["first_prompts"])  # the first turn only
+    shots = {one["task"]: one["shots"] for one in plan["config"]["benchmarks"]["tasks"]}
+    assert [shots[task] for task in ("arc_challenge", "arc_easy", "winogrande", "gsm8k", "hellaswag", "mmlu")] == [
+        25,
+        25,
+        5,
+        5,
+        10,
+        5,
+    ]
+    assert not ratchet_home.exists()
+
+
+@pytest.mark.flow
+def test_a_policy_can_be_measured_on_benchmarks_alone_beside_published_figures(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_documents(tmp_path)
+    monkeypatch.setenv("RATCHET_DATA", str(tmp_path))
+    config = config_of(
+        SMOKE,
+        *PLAIN,
+        *("dev=null", "test=null", "evaluation=null", "gate={promote: always, strategy: average of tasks}"),
+        "benchmarks={tasks: [{task: arc_challenge, shots: 2, limit: 4}, {task: gsm8k, shots: 1, limit: 4}]}",
+        "published={SPIN-iter0: {arc_challenge (2): 59.22, mmlu (5): 59.01}, SPIN-iter3: {gsm8k (1): 27.52}}",
+        "iterations=1",
+        "betas=null",
+    )
+    spin.fn(config)
+    experiment = Experiment(config.experiment)
+    base, first = experiment.iterations()
+    assert set(first.metrics) == {"arc_challenge (2)", "gsm8k (1)", "average of tasks"} == set(base.metrics)
+    one, other = (first.metrics[name]["value"] for name in ("arc_challenge (2)", "gsm8k (1)"))
+    assert first.metrics["average of tasks"]["value"] == pytest.approx((one + other) / 2)
+    assert first.metrics["arc_challenge (2)"]["n"] == 4
+    rows = {(row.label, row.strategy): row for row in published_rows(experiment.config(), experiment.iterations())}
+    assert rows["SPIN-iter0", "arc_challenge (2)"].ours is not None
+    assert rows["SPIN-iter0", "mmlu (5)"].ours is None  # "not run"
+    assert rows["SPIN-iter3", "gsm8k (1)"].ours is None
+
+
 BAD: dict[str, tuple[list[str], tuple[str, ...]]] = {
     "small margins without a judge": (["judge=null"], ("go by a judge's margins, and there is no `judge`",)),
     "robust without a judge": (["judge=null", "noise={robust: {}}"], ("there is no `judge`",)),
+    "no dev and no benchmarks": (["dev=null"], ("dev missing", "on benchmarks alone")),
     "betas of other length": (["betas=[0.1]"], ("1 betas for 2 iterations",)),
     "an adapter that is never merged": (["preference.lora={merge: false}"], ("set it to true",)),
     "noise in the wrong place": (["preference.embedding_noise=5"], ("noise is set under `noise`",)),
