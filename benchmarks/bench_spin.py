@@ -17,7 +17,7 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from statistics import mean, stdev
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
@@ -101,12 +101,16 @@ def run_arm(arm: str, seed: int, lock: str | None = None) -> Arm:
 
 def figures_of(experiment: object) -> Arm:
     """Read an experiment's record."""
+    from flows.spin import Spin
     from storage.datasets import DatasetRef, read_rows
     from storage.experiments import Experiment
     from storage.rows import EvaluatedPrompt, PairFigure
+    from tasks.loading import prompts_of
 
     assert isinstance(experiment, Experiment)
     base, *policies = experiment.iterations()
+    config = Spin.model_validate(experiment.config())
+    answers = {row.prompt_id: row.answer or "" for row in prompts_of(config.demonstrations)}
     values = [
         {
             row.prompt_id: row.value
@@ -121,9 +125,34 @@ def figures_of(experiment: object) -> Arm:
             for row in read_rows(DatasetRef(**record.references["pair_figures"]), PairFigure)
         }
         | {"trained_on": record.funnel.get("trained_on", 0)}
+        | truth_of(record.references, answers)
         for record in policies
     ]
     return Arm(base.metrics, [record.metrics for record in policies], values, pairs)
+
+
+def truth_of(references: dict[str, Any], answers: dict[str, str]) -> dict[str, float]:
+    """Shares by gold answers, which the recipe itself never reads: wrong chosen sides, and how often the judge errs."""
+    from storage.datasets import DatasetRef, read_rows
+    from storage.rows import Comparison, Pair
+    from tasks.answers import answers_match, extract_answer
+
+    def right(prompt_id: str, completion: str) -> bool:
+        return answers_match(extract_answer(completion, "FINAL ANSWER:") or "", answers[prompt_id])
+
+    pairs = list(read_rows(DatasetRef(**references["pairs"]), Pair))
+    told = {"wrong chosen": mean(not right(row.prompt_id, row.chosen) for row in pairs)}
+    told["right rejected"] = mean(right(row.prompt_id, row.rejected) for row in pairs)
+    if "compared" in references:
+        played = read_rows(DatasetRef(**references["played"]), Pair)
+        judged = read_rows(DatasetRef(**references["compared"]), Comparison)
+        known = [
+            (row.margin > 0) is right(pair.prompt_id, pair.chosen)
+            for pair, row in zip(played, judged, strict=True)
+            if row.margin and right(pair.prompt_id, pair.chosen) is not right(pair.prompt_id, pair.rejected)
+        ]
+        told |= {"judge right": mean(known), "judge right, n": len(known)}
+    return told
 
 
 def show(told: dict[tuple[str, int], Arm], arms: list[str], seeds: list[int]) -> None:

@@ -225,28 +225,16 @@ def spin(config: Spin) -> ModelRef:
             policy, sampling = standing.policy, config.sampling_of(number)
             drawn = draw_prompts(prompts, config.prompts_per_iteration or prompts.rows, number, config.seed)
             rollouts = sample_rollouts(policy, drawn, config.template, sampling, config.engine)  # y' ~ p_theta_t
-            pairs = pair_with_gold(
-                rollouts, demonstrations, policy, config.template, sampling.max_completion_tokens, number
-            )  # y against y'
-            compared = None
+            cap = sampling.max_completion_tokens
+            pairs = pair_with_gold(rollouts, demonstrations, policy, config.template, cap, number)  # y against y'
+            made_from = {"rollouts": rollouts, "pairs": pairs}
             if config.judge is not None and judge is not None:
-                compared = compare(config, config.judge, judge, pairs)
-                pairs = relabel_pairs(pairs, compared, config.judge.labelling)  # keep, swap or drop by margin
-            recent = [*recent, pairs][-config.mix_last :]  # D_t and D_{t-1}
+                made_from |= label(config, config.judge, judge, pairs)  # keep, swap or drop by margin
+            recent = [*recent, made_from["pairs"]][-config.mix_last :]  # D_t and D_{t-1}
             policy = learn(config, policy, tuple(recent), number)  # theta_{t+1}
-            labelling = config.judge.labelling if config.judge is not None else None
-            figures = describe_pairs(pairs, standing.policy, config.template, compared, labelling, config.noisy_below)
+            made_from["pair_figures"] = describe(config, made_from, standing.policy)
             challenger = measure(config, policy, held_out)
-            standing = promote(
-                experiment,
-                config.label_of(number),
-                challenger,
-                standing,
-                config.gate,
-                rollouts=rollouts,
-                pairs=pairs,
-                pair_figures=figures,
-            )
+            standing = promote(experiment, config.label_of(number), challenger, standing, config.gate, **made_from)
     publish_report(experiment)
     return standing.policy
 
@@ -287,10 +275,18 @@ def measure(config: Spin, policy: ModelRef, held_out: HeldOut | None) -> Contend
     return Contender(policy, config.template, test if contender is None else contender.dev, test)
 
 
-def compare(config: Spin, settings: PairJudge, judge: ModelRef, pairs: DatasetRef) -> DatasetRef:
-    """What the judge thinks of the pairs."""
+def label(config: Spin, settings: PairJudge, judge: ModelRef, pairs: DatasetRef) -> dict[str, DatasetRef]:
+    """The pairs as they were, what the judge thinks of them, and what is left of them, some turned round."""
     engine = settings.engine or config.engine
-    return compare_pairs(judge, pairs, settings.asks, settings.template, engine, config.marker)
+    compared = compare_pairs(judge, pairs, settings.asks, settings.template, engine, config.marker)
+    return {"played": pairs, "compared": compared, "pairs": relabel_pairs(pairs, compared, settings.labelling)}
+
+
+def describe(config: Spin, made_from: dict[str, DatasetRef], policy: ModelRef) -> DatasetRef:
+    """Figures of the pairs for the report."""
+    labelling = None if config.judge is None else config.judge.labelling
+    compared = made_from.get("compared")
+    return describe_pairs(made_from["pairs"], policy, config.template, compared, labelling, config.noisy_below)
 
 
 def open_base(config: Spin) -> ModelRef:
