@@ -6,28 +6,24 @@ obey one length cap and truncated rollouts are dropped, where the authors' code 
 published iteration t is iteration t + 1 here, for iteration 0 is the base.
 """
 
-from typing import Annotated, Literal
+from typing import Literal
 
 from prefect import flow
-from pydantic import Discriminator, Field, Tag, model_validator
+from pydantic import Field, model_validator
 
-from flows.generator_evaluator import TinyJudgingBase
+from flows.repairs import Noise, PairJudge, label_pairs, open_judge
 from flows.rest_em import Base, TinyBase
-from models.specs import SFT, EngineSettings, ModelRef, Preference, PromptTemplate, ReferenceNoise, Sampling, Settings
+from models.specs import SFT, EngineSettings, ModelRef, Preference, PromptTemplate, Sampling, Settings
 from storage.datasets import DatasetRef
 from storage.hub import Source
 from tasks.benchmarking import evaluate_benchmark
 from tasks.benchmarks import Benchmarks
 from tasks.checking import Read
-from tasks.comparing import compare_pairs, estimate_flip_rate, relabel_pairs
-from tasks.comparisons import AnyAsk, Labelling, LabelsAsk
+from tasks.comparing import estimate_flip_rate
 from tasks.evaluating import Contender, Evaluation, HeldOut, assess
 from tasks.headlining import evaluate_headlines
-from tasks.judgements import Asking, as_it_is
-from tasks.judging import check_labels
 from tasks.loading import draw_prompts, load_demonstrations, load_prompts, open_folder
 from tasks.metrics import parse_strategy
-from tasks.mixing import load_both_tasks
 from tasks.playing import describe_pairs, imitate_chosen, pair_with_gold
 from tasks.promoting import begin, promote
 from tasks.promotion import Gate
@@ -35,65 +31,6 @@ from tasks.recording import each_iteration, experiment_run, iteration, split
 from tasks.reporting import publish_report
 from tasks.sampling import sample_rollouts, shard_threads
 from tasks.training import build_base, train_preferences, train_sft
-
-
-def _kind_of_judge(base: object) -> str:
-    if isinstance(base, TinyBase):
-        return "judging" if isinstance(base, TinyJudgingBase) else "tiny"
-    given = dict(base) if isinstance(base, dict) else {}
-    return "judging" if "judged" in given else "tiny" if "corpus" in given else "model"
-
-
-JudgeModel = Annotated[
-    Annotated[TinyJudgingBase, Tag("judging")] | Annotated[TinyBase, Tag("tiny")] | Annotated[ModelRef, Tag("model")],
-    Discriminator(_kind_of_judge),
-]
-
-
-class PairJudge(Settings):
-    """Repair 1: a judge's labels instead of "human is always better"."""
-
-    base: JudgeModel
-    engine: EngineSettings | None = None  # None: the policy's
-    template: PromptTemplate = PromptTemplate()  # around what the judge is asked
-    asks: AnyAsk = LabelsAsk()
-    labelling: Labelling = Labelling()
-
-    @model_validator(mode="after")
-    def _a_tiny_judge_was_taught_what_it_is_asked(self) -> "PairJudge":
-        taught = {TinyJudgingBase: "labels", TinyBase: "likelihood"}.get(type(self.base))
-        if taught not in (None, self.asks.kind):
-            raise ValueError(
-                f"a tiny judge with a corpus of judgements (`judged`) says labels, one without knows likelihoods: this "
-                f"one is for asks.kind {taught!r}, and it is {self.asks.kind!r}"
-            )
-        return self
-
-
-class EmbeddingNoise(Settings):
-    """NEFTune: uniform noise on the policy's embeddings while it is trained; the reference is clean (METHODS 7.4)."""
-
-    alpha: float = Field(default=5.0, gt=0)
-
-
-class RobustLabels(Settings):
-    """The robust loss, with the flip rate that the judge finds among the pairs that are trained on."""
-
-
-class NoisyReference(Settings):
-    """Noise on the reference's logits of rejected sides (DNPO)."""
-
-    pairs: Literal["all", "small margin"] = "all"  # small margin: the adaptive rule, by the judge's margin
-    noise: ReferenceNoise = ReferenceNoise()
-
-
-class Noise(Settings):
-    """Repair 2, in four kinds; the seed does not say which one it used (METHODS 4.6)."""
-
-    embedding: EmbeddingNoise | None = None
-    robust: RobustLabels | None = None
-    temperature: float | None = Field(default=None, gt=0)  # of the rollouts, instead of sampling.temperature
-    reference: NoisyReference | None = None
 
 
 class Spin(Settings):
@@ -159,10 +96,7 @@ class Spin(Settings):
     def reads(self) -> list[Read]:
         """The sources this experiment reads, and what their rows must have."""
         corpora = [Read("base.corpus", self.base.corpus, completions=True)] if isinstance(self.base, TinyBase) else []
-        if self.judge is not None and isinstance(self.judge.base, TinyBase):
-            corpora.append(Read("judge.base.corpus", self.judge.base.corpus, completions=True))
-            judged = self.judge.base.judged if isinstance(self.judge.base, TinyJudgingBase) else ()
-            corpora += [Read("judge.base.judged", one, answers=True, completions=True) for one in judged]
+        corpora += [] if self.judge is None else self.judge.reads()
         held_out = {"dev": self.dev, "test": self.test}
         return [
             Read("demonstrations", self.demonstrations, completions=True, apart=True),
@@ -219,7 +153,7 @@ def spin(config: Spin) -> ModelRef:
                 base = train_sft(base, (demonstrations,), config.template, config.warm_up)
             standing = measure(config, base, held_out)  # p_theta_0
             begin(experiment, standing)
-            judge = open_judge(config)
+            judge = None if config.judge is None else open_judge(config.judge, config.engine, config.marker)
         recent: list[DatasetRef] = []
         for number in each_iteration(range(1, config.iterations + 1)):
             policy, sampling = standing.policy, config.sampling_of(number)
@@ -229,7 +163,9 @@ def spin(config: Spin) -> ModelRef:
             pairs = pair_with_gold(rollouts, demonstrations, policy, config.template, cap, number)  # y against y'
             made_from = {"rollouts": rollouts, "pairs": pairs}
             if config.judge is not None and judge is not None:
-                made_from |= label(config, config.judge, judge, pairs)  # keep, swap or drop by margin
+                made_from |= label_pairs(
+                    config.judge, judge, pairs, config.engine, config.marker
+                )  # keep, swap or drop by margin
             recent = [*recent, made_from["pairs"]][-config.mix_last :]  # D_t and D_{t-1}
             policy = learn(config, policy, tuple(recent), number)  # theta_{t+1}
             made_from["pair_figures"] = describe(config, made_from, standing.policy)
@@ -275,13 +211,6 @@ def measure(config: Spin, policy: ModelRef, held_out: HeldOut | None) -> Contend
     return Contender(policy, config.template, test if contender is None else contender.dev, test)
 
 
-def label(config: Spin, settings: PairJudge, judge: ModelRef, pairs: DatasetRef) -> dict[str, DatasetRef]:
-    """The pairs as they were, what the judge thinks of them, and what is left of them, some turned round."""
-    engine = settings.engine or config.engine
-    compared = compare_pairs(judge, pairs, settings.asks, settings.template, engine, config.marker)
-    return {"played": pairs, "compared": compared, "pairs": relabel_pairs(pairs, compared, settings.labelling)}
-
-
 def describe(config: Spin, made_from: dict[str, DatasetRef], policy: ModelRef) -> DatasetRef:
     """Figures of the pairs for the report."""
     labelling = None if config.judge is None else config.judge.labelling
@@ -295,23 +224,3 @@ def open_base(config: Spin) -> ModelRef:
         corpus = load_demonstrations(config.base.corpus, config.marker)
         return build_base(corpus, config.base.tiny, config.template)
     return open_folder(config.base)
-
-
-def open_judge(config: Spin) -> ModelRef | None:
-    """The model that judges, if there is one, found able to say its labels."""
-    if config.judge is None:
-        return None
-    base, asks = config.judge.base, config.judge.asks
-    if type(base) is TinyBase:
-        return build_base(load_demonstrations(base.corpus, config.marker), base.tiny, config.judge.template)
-    if not isinstance(asks, LabelsAsk):
-        assert isinstance(base, ModelRef)
-        return open_folder(base)
-    asking = Asking(judge=asks.judge, template=config.judge.template, marker=config.marker)
-    judge = base if isinstance(base, ModelRef) else None
-    if isinstance(base, TinyJudgingBase):
-        judge = build_base(load_both_tasks(base.corpus, base.judged, asking), base.tiny, as_it_is(asking.template))
-    assert judge is not None
-    judge = open_folder(judge)
-    check_labels(judge, asking, config.judge.engine or config.engine)
-    return judge

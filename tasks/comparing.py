@@ -19,8 +19,9 @@ from models.specs import EngineSettings, ModelRef, PromptTemplate, Sampling
 from storage.datasets import DatasetRef, read_rows, write_rows
 from storage.rows import Comparison, Pair
 from tasks import comparisons as rules
+from tasks.asks import AnyAsk, LabelsAsk, LikelihoodAsk, PairwiseAsk, RewardAsk, ScoresAsk
 from tasks.caching import RETRY_DELAYS_SECONDS, log_counts, step
-from tasks.comparisons import AnyAsk, Labelling, LabelsAsk, LikelihoodAsk, PairwiseAsk, RewardAsk, ScoresAsk, Verdict
+from tasks.comparisons import Labelling, Verdict
 from tasks.judgements import confidence, judge_prompt
 from tasks.judging import JudgeError
 from tasks.serving import give_back_accelerator, local_model, raise_if_stopping, serve, stopping

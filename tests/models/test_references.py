@@ -49,6 +49,8 @@ def test_the_second_iterations_reference_is_the_first_ones_policy_before_and_aft
         told = [row[f"ref_{side}_logps"] for side in ("chosen", "rejected") for row in rows]
     else:  # asked after the training
         model = trainer.model if trainer.ref_model is None else trainer.ref_model
-        told = [float(value) for side in trainer.compute_ref_log_probs(model, trainer.data_collator(rows)) for value in side]
+        told = [
+            float(value) for side in trainer.compute_ref_log_probs(model, trainer.data_collator(rows)) for value in side
+        ]
     assert told == [pytest.approx(value, rel=1e-4) for value in expected]
     assert contents(Path(first.output)) == before

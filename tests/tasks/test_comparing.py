@@ -10,8 +10,9 @@ from models.specs import Fake, ModelRef, PromptTemplate, Sampling
 from storage.datasets import DatasetRef, read_rows, write_rows
 from storage.rows import Comparison, Pair
 from tasks import comparing
+from tasks.asks import Asks, LabelsAsk, LikelihoodAsk, PairwiseAsk, RewardAsk, ScoresAsk
 from tasks.comparing import compare_pairs, estimate_flip_rate, relabel_pairs
-from tasks.comparisons import Asks, Labelling, LabelsAsk, LikelihoodAsk, PairwiseAsk, RewardAsk, ScoresAsk
+from tasks.comparisons import Labelling
 from tasks.judging import JudgeError
 from tasks.pairs import pair_with_gold
 from tests.tasks.builders import demonstration, rollout

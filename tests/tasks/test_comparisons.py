@@ -8,7 +8,8 @@ from pydantic import ValidationError
 
 from storage.rows import Comparison, Pair
 from tasks import comparisons as rules
-from tasks.comparisons import Labelling, PairwiseAsk, ScoresAsk, Verdict
+from tasks.asks import PairwiseAsk, ScoresAsk
+from tasks.comparisons import Labelling, Verdict
 from tasks.pairs import pair_with_gold
 from tests.tasks.builders import demonstration, rollout
 
