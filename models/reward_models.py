@@ -9,7 +9,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, Literal
+from typing import Literal
 
 from pydantic import Field
 
@@ -18,6 +18,7 @@ from models.children import Child, environment, watch_lifeline
 from models.specs import PromptTemplate, Settings
 
 Text = tuple[str, str]  # prompt, completion
+NO_TOKEN = -1  # the id of none
 
 
 class RewardModelError(RuntimeError):
@@ -93,19 +94,15 @@ def score_texts(job: RewardJob) -> list[float | None]:
         )
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model = model.to(device).eval()
+    model.config.get_text_config().pad_token_id = NO_TOKEN  # decoders are scored at the last token that is no padding
     scores: list[float | None] = [None] * len(job.texts)
     for places, ids in _batches(job, tokenizer):
+        batch = torch.tensor(ids, device=device)
         with torch.no_grad():
-            for place, score in zip(places, _scores(model, torch.tensor(ids, device=device)), strict=True):
-                scores[place] = score
+            logits = model(input_ids=batch, attention_mask=torch.ones_like(batch)).logits
+        for place, score in zip(places, logits[:, 0].float().tolist(), strict=True):
+            scores[place] = score
     return scores
-
-
-def _scores(model: Any, ids: Any) -> list[float]:
-    """Scores of rows of equal length, read at their last token; the model's own pooling looks for padding first."""
-    hidden = model.base_model(input_ids=ids).last_hidden_state[:, -1]
-    head = next(getattr(model, name) for name in ("score", "classifier") if hasattr(model, name))
-    return [float(value) for value in head(hidden).float().squeeze(-1)]
 
 
 def _batches(job: RewardJob, tokenizer: Tokenizer) -> Iterator[tuple[list[int], list[list[int]]]]:

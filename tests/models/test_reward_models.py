@@ -1,11 +1,20 @@
 """Reward models: scored in a child process, each text by itself."""
 
+import math
 from pathlib import Path
 
 import pytest
 
 from models.reward_models import RewardJob, RewardModelError, score_in_child, score_texts
+from models.specs import Fake, ModelRef, PromptTemplate
+from storage.datasets import read_rows, write_rows
+from storage.rows import Comparison, Pair
+from tasks.asks import RewardAsk
+from tasks.comparing import compare_pairs
+from tasks.loading import open_folder
+from tasks.pairs import pair_with_gold
 from tests.models.tiny_fixture import save_tokenizer
+from tests.tasks.builders import demonstration, rollout
 
 pytestmark = pytest.mark.vllm
 
@@ -60,6 +69,28 @@ def test_scores_are_those_of_the_model_whatever_the_batch_and_too_long_is_unknow
         assert (first, second) == (pytest.approx(expected[0], abs=1e-5), pytest.approx(expected[1], abs=1e-5))
         assert too_long is None
     assert expected[0] != pytest.approx(expected[1], abs=1e-3)
+
+
+def test_a_model_with_two_outputs_is_no_reward_model(reward_model: Path, tmp_path: Path) -> None:
+    from transformers import AutoModelForSequenceClassification
+
+    two = AutoModelForSequenceClassification.from_pretrained(reward_model, num_labels=2, ignore_mismatched_sizes=True)
+    two.save_pretrained(tmp_path)
+    save_tokenizer(tmp_path)
+    with pytest.raises(ValueError, match="has 2 outputs, a reward model has one"):
+        score_texts(job(tmp_path, 1))
+
+
+def test_pairs_are_compared_by_a_real_reward_model(reward_model: Path) -> None:
+    made = pair_with_gold(demonstration(), [rollout(0, "mine"), rollout(1, "mine too")], 1).pairs
+    judge = open_folder(ModelRef(name=str(reward_model)))
+    asks = RewardAsk(max_length=64)
+    ref = compare_pairs(judge, write_rows(made, Pair, step="pairs"), asks, PromptTemplate(), Fake(), "x")
+    texts = tuple((made[0].prompt, text) for text in ("human", "mine", "mine too"))
+    human, *mine = score_texts(job(reward_model, 1).model_copy(update={"texts": texts}))
+    assert human is not None
+    told = [row.chosen_reward for row in read_rows(ref, Comparison)]
+    assert told == [pytest.approx(1 / (1 + math.exp((one or 0.0) - human)), abs=1e-5) for one in mine]
 
 
 def test_the_child_brings_the_same_scores_and_tells_why_it_failed(reward_model: Path, tmp_path: Path) -> None:
