@@ -24,7 +24,8 @@ sys.path.insert(0, str(ROOT))
 
 PRESET = ROOT / "deployments" / "presets" / "spin" / "tiny.yaml"
 PLAIN = ("judge=null", "noise={}")
-KEEP_ALL = "judge.labelling={swap_at: null, between: keep}"
+BY_SIGN = "judge.labelling={swap_at: 0.02, small_below: 0.02}"  # whatever the judge finds better is chosen
+KEEP_ALL = "judge.labelling={swap_at: null, small_below: 0.02, between: keep}"
 LABELS = (  # a weaker judge: one that was taught to say Correct or Incorrect
     "judge.base={corpus: {arithmetic: {problems: 12000, seed: 7}}, judged: ["
     "{arithmetic: {problems: 24000, seed: 7}, rows: {start: 12000}}, "
@@ -36,16 +37,16 @@ SFT = "sft={learning_rate: 2.0e-4, schedule: linear, warmup_ratio: 0.1, epochs: 
 ARMS: dict[str, tuple[str, ...]] = {
     "plain": PLAIN,
     "sft": (*PLAIN, SFT),
-    "judge": ("noise={}",),
+    "judge": (BY_SIGN, "noise={}"),
     "neftune": ("judge=null", "noise={embedding: {alpha: 5}}"),
     "robust": (KEEP_ALL, "noise={robust: {}}"),
     "temperature": ("judge=null", "noise={temperature: 1.3}"),
-    "reference": ("judge=null", "noise={reference: {noise: {scale: 0.3}}}"),
-    "learned": ("judge=null", "noise={reference: {noise: {scale: 0.3, learned: {}}}}"),
+    "reference": ("judge=null", "noise={reference: {noise: {scale: 0.5}}}"),
+    "learned": ("judge=null", "noise={reference: {noise: {scale: 0.5, learned: {}}}}"),
     "adaptive": (),
-    "sft+judge": ("noise={}", SFT),
-    "weak judge": (*LABELS, "noise={}"),
-    "weak adaptive": LABELS,
+    "sft+judge": (BY_SIGN, "noise={}", SFT),
+    "weak judge": (*LABELS, BY_SIGN, "noise={}"),
+    "weak adaptive": (*LABELS, "judge.labelling={swap_at: 0.5, small_below: 0.1}"),
 }
 SEEDED = ("seed", "sampling.seed", "base.tiny.training.seed", "base.corpus.arithmetic.seed", "preference.seed")
 
