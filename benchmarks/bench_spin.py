@@ -33,7 +33,7 @@ LABELS = (  # a weaker judge: one that was taught to say Correct or Incorrect
     "tiny: {training: {max_steps: 4000}}}",
     'judge.asks={kind: labels, judge: {text: "$prompt\\nOutput:\\n$completion\\nVerdict:", label_tokens: one}}',
 )
-SFT = "sft={learning_rate: 2.0e-4, schedule: linear, warmup_ratio: 0.1, epochs: 2, max_length: 192, threads: 1}"
+SFT = "sft={learning_rate: 5.0e-4, epochs: 1, max_length: 192, threads: 1}"  # TINY.md's, over the same rows as often
 ARMS: dict[str, tuple[str, ...]] = {
     "plain": PLAIN,
     "sft": (*PLAIN, SFT),
