@@ -1,6 +1,6 @@
 """SPIN's repairs against plain SPIN and against fine-tuning, on the tiny preset with a known share of wrong labels.
 
-    python benchmarks/bench_spin.py [--seeds 0,1,2] [--arms plain,judge] [--home DIR] [--lock FILE]
+    python benchmarks/compare_spin.py [--seeds 0,1,2] [--arms plain,judge] [--home DIR] [--lock FILE]
 
 Each seed draws its own base, demonstrations' rollouts and training; all its arms share the base, the judge and the test
 problems. Differences from plain SPIN are paired by problem within a seed, and their interval is over problems and seeds
