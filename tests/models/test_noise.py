@@ -238,3 +238,28 @@ def test_the_margin_column_decides_which_pairs_are_noised(
     pq.write_table(table.append_column("margin", pa.array(margins, pa.float64())), tmp_path / "judged.parquet")
     trainers.fit_preferences(job.model_copy(update={"rows": (tmp_path / "judged.parquet",)}))
     assert list(seen[0].train_dataset["noisy"]) == [True, False, False] * (len(SUMS) // 3)
+
+
+@needs_torch
+def test_embedding_noise_is_off_while_the_reference_is_asked_beside_reference_noise(
+    preference_job: Callable[..., PreferenceJob], seen: list[Any]
+) -> None:
+    import torch
+    from transformers.integrations.neftune import activate_neftune
+
+    both = {"embedding_noise": 50.0, "reference_noise": ReferenceNoise(), "precompute_reference": False}
+    trainers.fit_preferences(preference_job(lora=MERGED, max_steps=1, **both))
+    trainer = seen[0]
+    batch = trainer.data_collator(list(trainer.train_dataset)[:4])
+    marks = torch.zeros_like(batch.pop("noisy"))
+    clean = trainer._reference(batch, marks)[:2]
+    activate_neftune(trainer.model, 50.0)  # the training took it off when it ended
+    trainer.model.train()
+    noisy = trainer._reference(batch, marks)[:2]
+    assert all(torch.equal(one, other) for one, other in zip(clean, noisy, strict=True))
+    assert trainer.model.training
+    labels = batch["input_ids"].masked_fill(batch["completion_mask"] == 0, -100)
+    policy = trainer.model(
+        input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], labels=labels, fused_lm_head=True
+    )
+    assert not torch.allclose(policy.log_probs.sum(1)[:4], clean[0], atol=0.1)  # the policy is noised all the same
