@@ -8,8 +8,20 @@ from typing import Any, TypeVar
 import yaml
 from pydantic import BaseModel, ValidationError
 
-BRANCHES = {"vllm", "openai", "fake", "tiny", "model"}  # of our unions; part of pydantic's locations, not of the file
-UNIONS = {"engine", "base"}  # the sections that are unions
+BRANCHES = {
+    "vllm",
+    "openai",
+    "fake",
+    "tiny",
+    "judging",
+    "model",
+    "labels",
+    "likelihood",
+    "pairwise",
+    "scores",
+    "reward",
+}  # of our unions; part of pydantic's locations, not of the file
+UNIONS = {"engine", "base", "asks"}  # the sections that are unions
 C = TypeVar("C", bound=BaseModel)
 Lines = dict[tuple[str | int, ...], int]
 

@@ -11,8 +11,9 @@ from flows.server import importing_prefect
 RECIPES = {
     "rest_em": ("flows.rest_em", "RestEM", "rest_em"),
     "generator_evaluator": ("flows.generator_evaluator", "GeneratorEvaluator", "generator_evaluator"),
+    "spin": ("flows.spin", "Spin", "spin"),
 }
-COMING = ("spin", "autoif", "instruct_tuning")
+COMING = ("autoif", "instruct_tuning")
 
 
 class Recipe:

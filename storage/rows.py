@@ -3,12 +3,21 @@
 A row type *is* its Parquet schema (storage/schemas.py). Text here is plain: no chat template, no special tokens.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from typing import Any, TypeVar
+
+R = TypeVar("R", bound="Row")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Row:
     """Base of all row types."""
+
+
+def derive(row_type: type[R], row: Row, **more: Any) -> R:
+    """A row of another type with what it has in common with this one, and more."""
+    names = {field.name for field in fields(row)} - more.keys()
+    return row_type(**{one.name: getattr(row, one.name) for one in fields(row_type) if one.name in names}, **more)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -120,6 +129,29 @@ class Pair(Row):
     margin: float | None  # chosen_reward - rejected_reward
     rule: str  # how the two were put together: "zip", "best_worst", "walk", "gold"
     swapped: bool  # a judge turned the pair round
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Comparison(Row):
+    """What a judge thinks of both sides of a pair as it was made. Key: (prompt_id, rejected_index)."""
+
+    prompt_id: str
+    rejected_index: int | None
+    chosen_reward: float | None  # in [0, 1]; None: the judge could not decide
+    rejected_reward: float | None
+    margin: float | None  # chosen_reward - rejected_reward; 0: a tie, also where both orders disagree
+    reason: str  # "judged", "orders disagree", "no label", "no score", "not scored: ...", "engine error: ..."
+    judge: str  # identity of the model that judged
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PairFigure(Row):
+    """What the pairs of one iteration look like, one figure. Key: (about, name)."""
+
+    about: str  # "chosen", "rejected": lengths of that side; "pairs"; "judged": pairs by what the judge's margin says
+    name: str  # "tokens, mean", "swapped", "gold better", "small margin", ...
+    value: float
+    n: int  # rows it was figured from
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -11,7 +11,7 @@ from storage.checkpoints import read_checkpoint_manifest
 from storage.datasets import DatasetError, DatasetRef, read_rows
 from storage.durable import put_file
 from storage.experiments import Experiment, IterationRecord
-from storage.rows import Calibration, ScoredRollout, TrainingMetric
+from storage.rows import Calibration, PairFigure, ScoredRollout, TrainingMetric
 from tasks.observing import publish_markdown
 from tasks.planning import current_plan
 
@@ -113,6 +113,7 @@ def render(experiment: Experiment) -> str:
         loss_plot=_loss_plot(iterations),
         published=published_rows(config, iterations),
         calibrations=[(record.label, table) for record in iterations if (table := _calibrations(record))],
+        pairs=[(record.label, told) for record in iterations if (told := _pair_figures(record))],
         samples=[sample for record in iterations for sample in _samples(record)],
         steps=experiment.steps(run=experiment.state().run),
         config=json.dumps(config, indent=1),
@@ -175,6 +176,19 @@ def _calibrations(record: IterationRecord) -> list[tuple[str, str, dict[str, Cal
     except DatasetError:  # removed since
         return []
     return [(writer, group, figures) for (writer, group), figures in table.items()]
+
+
+def _pair_figures(record: IterationRecord) -> dict[str, dict[str, PairFigure]]:
+    """What is told of the pairs, by what it is about; empty where the iteration paired nothing with demonstrations."""
+    if "pair_figures" not in record.references:
+        return {}
+    table: dict[str, dict[str, PairFigure]] = {}
+    try:
+        for row in read_rows(DatasetRef(**record.references["pair_figures"]), PairFigure):
+            table.setdefault(row.about, {})[row.name] = row
+    except DatasetError:  # removed since
+        return {}
+    return table
 
 
 def _accuracy_plot(iterations: Sequence[IterationRecord]) -> Any:
