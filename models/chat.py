@@ -8,7 +8,7 @@ itself goes through unchanged, also where a template would trim it or put an emp
 from collections.abc import Sequence
 from datetime import datetime
 from string import Template
-from typing import Any
+from typing import Any, NamedTuple
 
 from models.engine import PLAIN, EngineConfigurationError, Message
 from models.specs import PromptTemplate
@@ -96,6 +96,36 @@ def render_completion(tokenizer: Tokenizer, messages: Sequence[Message], complet
         return [*_ids(tokenizer, completion), *([] if (end := tokenizer.eos_token_id) is None else [end])]
     closing = _closing(tokenizer, messages)
     return _up_to_the_end(tokenizer, _ids(tokenizer, completion + closing), _ids(tokenizer, closing))
+
+
+class Rendered(NamedTuple):
+    """A whole conversation as token ids; `trained` says which of them the assistant wrote, ends of turn included."""
+
+    ids: list[int]
+    trained: list[bool]
+    rewritten: int  # earlier replies that the template renders otherwise later on, of which nothing is trained
+
+
+def render_conversation(tokenizer: Tokenizer, messages: Sequence[Message]) -> Rendered:
+    """The conversation up to its last reply, as it would come to stand turn by turn.
+
+    An earlier reply counts as the assistant's where prompt and completion of that turn are, token for token, how the
+    whole begins; a template that takes something away from earlier turns leaves none to train on.
+    """
+    before, last = messages[:-1], messages[-1]
+    ids = render_prompt(tokenizer, before)
+    trained, rewritten = [False] * len(ids), 0
+    for place, message in enumerate(before):
+        if message["role"] != "assistant":
+            continue
+        prompt = render_prompt(tokenizer, messages[:place])
+        reply = render_completion(tokenizer, messages[:place], message["content"])
+        if ids[: len(prompt) + len(reply)] != prompt + reply:
+            rewritten += 1
+            continue
+        trained[len(prompt) : len(prompt) + len(reply)] = [True] * len(reply)
+    completion = render_completion(tokenizer, before, last["content"])
+    return Rendered(ids + completion, trained + [True] * len(completion), rewritten)
 
 
 def render_continuation(tokenizer: Tokenizer, continuation: str) -> list[int]:

@@ -39,6 +39,7 @@ class Arithmetic(BaseModel):
     # mixed: a base corpus, with mistakes and without the marker at times; wrong: a mistake or a slip in each, marked
     quality: Literal["right", "mixed", "wrong"] = "right"
     wrong_share: float = Field(default=0.0, ge=0, le=1)  # chance that a completion is of quality "wrong" instead
+    pairs: bool = False  # each with a completion of quality "wrong" as well, to be rejected
 
 
 class Problem(NamedTuple):
@@ -47,6 +48,7 @@ class Problem(NamedTuple):
     prompt: str
     completion: str
     answer: str
+    rejected: str | None = None  # a completion with a wrong answer, where pairs are asked for
 
 
 class Earlier(NamedTuple):
@@ -98,7 +100,12 @@ def make_problems(settings: Arithmetic) -> Iterator[Problem]:
         seen.add(story.text)
         spoilt = settings.wrong_share > 0 and quality_rng.random() < settings.wrong_share
         quality = _choose(quality_rng, QUALITIES["wrong" if spoilt else settings.quality])
-        yield Problem(story.text, write_completion(story.steps, quality, quality_rng), str(_values(story.steps)[-1]))
+        completion, answer = write_completion(story.steps, quality, quality_rng), str(_values(story.steps)[-1])
+        if settings.pairs:
+            wrong = _choose(quality_rng, QUALITIES["wrong"])
+            yield Problem(story.text, completion, answer, write_completion(story.steps, wrong, quality_rng))
+        else:
+            yield Problem(story.text, completion, answer)
 
 
 def split_of(template: str, numbers: Sequence[int]) -> Literal["train", "test"]:

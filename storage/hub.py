@@ -11,15 +11,16 @@ import re
 from collections.abc import Iterator, Mapping
 from itertools import islice
 from pathlib import Path
-from typing import NamedTuple, Self
+from typing import NamedTuple, Self, TypeVar
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, model_validator
 
-from storage.arithmetic import Arithmetic, make_problems
+from storage.arithmetic import Arithmetic, Problem, make_problems
 from storage.digests import file_sha256
 
+T = TypeVar("T")
 _ANNOTATION = re.compile(r"<<[^<>\n]*>>")  # GSM8K's calculator notes: "48/2 = <<48/2=24>>24"
 
 
@@ -106,13 +107,15 @@ def read_source(source: Source) -> Iterator[SourceRow]:
         ValueError: the source is not there, or a row is not as `columns` and `answer_after` say.
         ConnectionError: the hub cannot be reached.
     """
-    bounds = source.rows or RowRange()
-    rows = islice(_all_rows(source), bounds.start, bounds.stop)
-    if source.shuffle_seed is not None:
-        shuffled = list(rows)
-        random.Random(f"{source.shuffle_seed}").shuffle(shuffled)
-        rows = islice(shuffled, None)
-    return islice(rows, source.limit)
+    return _taken(source, _all_rows(source))
+
+
+def read_records(source: Source) -> Iterator[tuple[int, Mapping[str, object]]]:
+    """The rows that `read_source` reads, with all their columns as they are, each with its line.
+
+    Arithmetic problems have the columns prompt and completion, or prompt, chosen and rejected.
+    """
+    return _taken(source, _all_records(source))
 
 
 def source_name(source: Source) -> str:
@@ -141,6 +144,16 @@ def source_key(source: Source) -> dict[str, JsonValue]:
     return {"name": source_name(source), **place, **source.model_dump(mode="json", exclude=places)}
 
 
+def _taken(source: Source, rows: Iterator[T]) -> Iterator[T]:
+    bounds = source.rows or RowRange()
+    taken = islice(rows, bounds.start, bounds.stop)
+    if source.shuffle_seed is not None:
+        shuffled = list(taken)
+        random.Random(f"{source.shuffle_seed}").shuffle(shuffled)
+        taken = islice(shuffled, None)
+    return islice(taken, source.limit)
+
+
 def _all_rows(source: Source) -> Iterator[SourceRow]:
     if source.arithmetic is not None:
         for line, problem in enumerate(make_problems(source.arithmetic), start=1):
@@ -148,8 +161,21 @@ def _all_rows(source: Source) -> Iterator[SourceRow]:
         return
     file = _local_file(source)
     place = str(file) if file is not None else source_name(source)
-    for line, record in file_records(file) if file is not None else enumerate(_hub_records(source), start=1):
+    for line, record in _all_records(source):
         yield _source_row(record, line, source, place)
+
+
+def _all_records(source: Source) -> Iterator[tuple[int, Mapping[str, object]]]:
+    if source.arithmetic is not None:
+        return enumerate(map(_problem_record, make_problems(source.arithmetic)), start=1)
+    file = _local_file(source)
+    return file_records(file) if file is not None else enumerate(_hub_records(source), start=1)
+
+
+def _problem_record(problem: Problem) -> Mapping[str, object]:
+    if problem.rejected is None:
+        return {"prompt": problem.prompt, "completion": problem.completion}
+    return {"prompt": problem.prompt, "chosen": problem.completion, "rejected": problem.rejected}
 
 
 def _source_row(record: Mapping[str, object], line: int, source: Source, place: str) -> SourceRow:

@@ -132,6 +132,32 @@ class Pair(Row):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Conversation(Row):
+    """A chat to imitate; its last message is the assistant's. Key: prompt_id."""
+
+    prompt_id: str  # hash of source and of all messages but the last
+    roles: list[str]  # "system" (first, if at all), then "user" and "assistant" in turn
+    contents: list[str]  # of each message
+    source: str
+    licence: str  # of the source, as its settings state it
+    line: int  # in the source, counted from 1
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ChatPair(Row):
+    """Two replies to one chat, one preferred. Key: (prompt_id, line)."""
+
+    prompt_id: str  # hash of source and messages
+    roles: list[str]  # of the messages that are replied to; the last is the user's
+    contents: list[str]
+    chosen: str
+    rejected: str
+    source: str
+    licence: str
+    line: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Comparison(Row):
     """What a judge thinks of both sides of a pair as it was made. Key: (prompt_id, rejected_index)."""
 

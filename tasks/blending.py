@@ -1,0 +1,247 @@
+"""Sources of chats -> one data set of conversations or of pairs, with every row that is left out counted and shown."""
+
+import hashlib
+import logging
+import random
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, Literal, NamedTuple, TypeVar
+
+from pydantic import Field, model_validator
+
+from models import fake_engine
+from models.chat import load_tokenizer, render_conversation
+from models.specs import ModelRef, Settings
+from storage.benchmark_files import local_splits, places, read_split
+from storage.datasets import DatasetRef, read_rows, write_rows
+from storage.digests import file_sha256
+from storage.hub import Source, read_records, source_key, source_name
+from storage.rows import ChatPair, Conversation, Prompt
+from tasks import chats as rules
+from tasks.benchmarks import KNOWN
+from tasks.caching import log_counts, step
+from tasks.chats import ChatColumns, ChatFilter, Content, Origin
+from tasks.contamination import Questions
+from tasks.licences import doubt_about
+from tasks.prompts import prompt_id
+from tasks.serving import local_model
+
+log = logging.getLogger("ratchet")
+ChatRow = TypeVar("ChatRow", Conversation, ChatPair)
+Guarded = Literal["truthfulqa_mc2", "gsm8k"]
+SHOWN = 200  # characters of a row that is quoted in the log
+
+
+class ChatSource(Settings):
+    """One part of a mixture."""
+
+    source: Source
+    weight: float = Field(default=1.0, gt=0, le=1)  # the share of its rows that is taken, each row by a draw of its own
+    columns: ChatColumns = ChatColumns()
+    filters: ChatFilter = ChatFilter()
+    maximum_rows: int | None = Field(default=None, ge=1)  # the first ones that are kept
+    licence: str | None = None  # SPDX id; "own" for data of one's own
+    accept_unclear_licence: bool = False
+
+    @model_validator(mode="after")
+    def _licence_is_clear_or_accepted(self) -> "ChatSource":
+        if self.doubt and not self.accept_unclear_licence:
+            raise ValueError(
+                f"the licence of {source_name(self.source)} is not clear ({self.doubt}); state `licence` if you know "
+                "it, or set accept_unclear_licence: true to use the rows all the same"
+            )
+        return self
+
+    @property
+    def doubt(self) -> str:
+        """What is not clear about the licence; empty: nothing."""
+        return "" if self.source.arithmetic is not None else doubt_about(self.source.hub, self.licence)
+
+    @property
+    def licence_told(self) -> str:
+        """What each row says of its licence."""
+        stated = "own" if self.source.arithmetic is not None else self.licence or "none stated"
+        return f"unclear: {stated} ({self.doubt})" if self.doubt else stated
+
+    def key(self) -> dict[str, Any]:
+        """As any settings', the source by its content."""
+        return {**super().key(), "source": source_key(self.source)}
+
+
+class Mixture(Settings):
+    """Several sources as one data set."""
+
+    sources: tuple[ChatSource, ...] = Field(min_length=1)
+    seed: int = Field(default=42, ge=0)  # of the draws by weight
+    # Benchmarks no row may hold a question of: TruthfulQA's are in UltraFeedback, GSM8K's in Orca sets (METHODS 6.6)
+    apart_from: tuple[Guarded, ...] = ("truthfulqa_mc2", "gsm8k")
+
+    @model_validator(mode="after")
+    def _each_source_once(self) -> "Mixture":
+        told = [str(source_key(entry.source)) for entry in self.sources if entry.source.path is None]
+        if len(set(told)) != len(told):
+            raise ValueError("two sources name the same rows, which would count twice; remove one")
+        return self
+
+
+class Guard(NamedTuple):
+    """What rows are kept apart from."""
+
+    questions: tuple[DatasetRef, ...]  # Prompt rows, one data set a benchmark
+    missing: tuple[str, ...]  # benchmarks that are not at hand, so that nothing could be kept apart from them
+
+
+def blend(mixture: Mixture, content: Content, guard: Guard, policy: ModelRef) -> DatasetRef:
+    """Conversation or ChatPair rows of all sources.
+
+    Args:
+        policy: its tokenizer counts for filters.max_tokens.
+    """
+    for entry in mixture.sources:
+        if entry.doubt:
+            log.warning(
+                "LICENCE: %s is used although its licence is not clear (%s); what is trained on it may not be yours to "
+                "publish",
+                source_name(entry.source),
+                entry.doubt,
+            )
+    counts_tokens = any(entry.filters.max_tokens is not None for entry in mixture.sources)
+    missing = tuple(name for name in guard.missing if name in mixture.apart_from)
+    return mix_chats(mixture, content, guard.questions, missing, policy if counts_tokens else None)
+
+
+@step(version="1")
+def mix_chats(
+    mixture: Mixture,
+    content: Content,
+    questions: tuple[DatasetRef, ...],
+    unchecked: tuple[str, ...],
+    policy: ModelRef | None,
+) -> DatasetRef:
+    """The rows of all sources in their order, each once.
+
+    Raises:
+        ValueError: a source lacks a column, or none of its rows is left.
+    """
+    asked = ((row.source, row.prompt) for ref in questions for row in read_rows(ref, Prompt))
+    blending = _Blending(mixture, Questions(asked), token_counter(policy) if policy else None)
+    if content == "conversations":
+        mixed = write_rows(blending.rows(content, rules.read_conversation), Conversation, step="conversations")
+    else:
+        mixed = write_rows(blending.rows(content, rules.read_pair), ChatPair, step="chat_pairs")
+    not_checked = {f"rows that could not be checked against {name}": mixed.rows for name in unchecked}
+    log_counts({"kept" if content == "conversations" else "pairs": mixed.rows, **blending.drops, **not_checked})
+    return mixed
+
+
+def guard_against(mixtures: tuple[Mixture, ...]) -> Guard:
+    """The questions of the benchmarks that the mixtures are kept apart from: local copies, else the hub's."""
+    questions, missing = [], []
+    for name in dict.fromkeys(name for mixture in mixtures for name in mixture.apart_from):
+        known = KNOWN[name]
+        files = local_splits(known.hub, known.config, config_optional=True)
+        try:
+            digests = tuple(f"{split} {file_sha256(file)}" for split, file in sorted(files.items()))
+            questions.append(load_questions(name, digests))
+        except (ConnectionError, ValueError) as error:
+            missing.append(name)
+            log.warning(
+                "OVERLAP NOT CHECKED: %s is not at hand, so rows that hold its questions stay in the training data and "
+                "its figures cannot be trusted; put its splits at %s and name that folder in RATCHET_DATA (%s)",
+                name,
+                places(known.hub, known.config),
+                error,
+            )
+    return Guard(tuple(questions), tuple(missing))
+
+
+@step(version="1")
+def load_questions(benchmark: Guarded, files: tuple[str, ...]) -> DatasetRef:
+    """The questions of all splits of a benchmark, as prompts.
+
+    Args:
+        files: name and digest of each local split; none: the hub is asked.
+    """
+    known = KNOWN[benchmark]
+    if files:
+        splits = local_splits(known.hub, known.config, config_optional=True)
+        records: Iterator[Mapping[str, Any]] = (row for file in splits.values() for row in read_split(file))
+    else:
+        names = {"gsm8k": ("train", "test"), "truthfulqa_mc2": ("validation",)}[benchmark]
+        sources = [Source(hub=known.hub, config=known.config, split=name) for name in names]
+        records = (row for source in sources for _, row in read_records(source))
+    texts = dict.fromkeys(str(row["question"]) for row in records)
+    rows = (Prompt(prompt_id=prompt_id(benchmark, one), source=benchmark, prompt=one, answer=None) for one in texts)
+    return write_rows(rows, Prompt, step="benchmark_questions", settings={"benchmark": benchmark})
+
+
+def token_counter(policy: ModelRef) -> Callable[[list[str], list[str]], int]:
+    """A function that counts the tokens of a whole chat, from roles and contents, as it is trained on."""
+    local = local_model(policy)
+    if fake_engine.is_fake(local.weights):
+        return lambda _, contents: sum(len(text.split()) for text in contents)
+    tokenizer = load_tokenizer(local.weights, policy.chat_template, policy.trust_remote_code, revision=policy.revision)
+
+    def count(roles: list[str], contents: list[str]) -> int:
+        messages = [{"role": role, "content": text} for role, text in zip(roles, contents, strict=True)]
+        return len(render_conversation(tokenizer, messages).ids)
+
+    return count
+
+
+class _Blending:
+    """One pass over all sources, and what it leaves out."""
+
+    def __init__(
+        self, mixture: Mixture, questions: Questions, count: Callable[[list[str], list[str]], int] | None
+    ) -> None:
+        self.drops: Counter[str] = Counter()
+        self._mixture, self._questions, self._count = mixture, questions, count
+        self._seen: set[bytes] = set()
+
+    def rows(
+        self, content: Content, read: Callable[[Mapping[str, Any], ChatColumns, Origin], ChatRow | str]
+    ) -> Iterator[ChatRow]:
+        for entry in self._mixture.sources:
+            name, kept, drops = source_name(entry.source), 0, Counter[str]()
+            for line, record in read_records(entry.source):
+                if missing := rules.missing_columns(record, entry.columns, entry.filters, content):
+                    raise ValueError(f"{name} row {line}: {missing}")
+                row = read(record, entry.columns, Origin(name, entry.licence_told, line))
+                if isinstance(row, str) or (reason := self._unwanted(row, record, entry)):
+                    reason = row if isinstance(row, str) else reason
+                    drops[reason] += 1
+                    if drops[reason] == 1 and reason != NOT_DRAWN:
+                        log.warning("%s: dropped: %s, first in row %d: %.*s", name, reason, line, SHOWN, record)
+                    continue
+                kept += 1
+                yield row
+                if kept == entry.maximum_rows:
+                    break
+            log.info("%s: %d rows kept, %s", name, kept, dict(drops) or "none dropped")
+            if not kept:
+                raise ValueError(f"no row of {name} is left: {dict(drops) or 'it has none'}; correct the source or it")
+            self.drops.update({f"{name}: {reason}": n for reason, n in drops.items()})
+
+    def _unwanted(self, row: Conversation | ChatPair, record: Mapping[str, Any], entry: ChatSource) -> str:
+        sides = [[row.chosen], [row.rejected]] if isinstance(row, ChatPair) else [[]]
+        texts = [*row.contents, *(text for side in sides for text in side)]
+        if reason := rules.filtered_out(row, record, entry.filters):
+            return reason
+        identity = hashlib.sha256("\0".join(texts).encode(errors="surrogatepass")).digest()
+        if random.Random(f"{self._mixture.seed}:{identity.hex()}").random() >= entry.weight:
+            return NOT_DRAWN
+        if identity in self._seen:
+            return "stands there more than once"
+        if benchmark := next(filter(None, map(self._questions.found_in, texts)), ""):
+            return f"holds a question of {benchmark}"
+        limit = entry.filters.max_tokens
+        if limit is not None and self._count is not None:
+            roles = [row.roles if not side else [*row.roles, "assistant"] for side in sides]
+            if max(self._count(who, [*row.contents, *side]) for who, side in zip(roles, sides, strict=True)) > limit:
+                return "longer than max_tokens"
+        self._seen.add(identity)
+        return ""
+
+
+NOT_DRAWN = "not drawn by its weight"
