@@ -184,11 +184,34 @@ class Optimization(Settings):
     accelerate_config: str | None = None  # a file of `accelerate config`; None: one process on this machine
 
 
+class ChatTokens(Settings):
+    """A chat format with special tokens; those that the model does not know get embeddings, which are trained."""
+
+    template: str  # Jinja; becomes the policy's chat template
+    tokens: tuple[str, ...] = Field(min_length=1)
+    end: str  # the one that ends the assistant's turn; becomes the end of text
+
+    @model_validator(mode="after")
+    def _end_is_one_of_them(self) -> "ChatTokens":
+        if self.end not in self.tokens:
+            raise ValueError(f"end is {self.end!r}, which is none of the tokens {self.tokens!r}; add it to them")
+        return self
+
+
 class SFT(Optimization):
-    """Supervised fine-tuning; the loss is on the completion only."""
+    """Supervised fine-tuning; the loss is on what the assistant writes only."""
 
     learning_rate: float = Field(default=2e-5, gt=0)
-    global_batch_size: int = Field(default=16, ge=1)
+    global_batch_size: int = Field(default=16, ge=1)  # with packing: sequences of max_length
+    packing: bool = False  # several rows in one sequence; refused where attention does not keep them apart
+    embedding_noise: float | None = Field(default=None, gt=0)  # NEFTune's alpha
+    chat_tokens: ChatTokens | None = None
+
+    @model_validator(mode="after")
+    def _new_tokens_are_merged(self) -> "SFT":
+        if self.chat_tokens is not None and self.lora is not None and not self.lora.merge:
+            raise ValueError("chat_tokens change the base's embeddings, which an adapter cannot; set lora.merge: true")
+        return self
 
 
 LossType = Literal["sigmoid", "sft", "apo_zero", "apo_down", "robust", "hinge"]

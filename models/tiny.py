@@ -10,7 +10,8 @@ from typing import Any
 
 from models.jobs import SFTJob, TinyJob, TrainingOutcome
 from models.specs import TinyModel
-from models.trainers import fit_sft, read_columns
+from models.trainers import fit_sft
+from models.training_rows import read_columns
 
 PAD, EOS = "<|pad|>", "<|endoftext|>"  # not the same: padding must never look like an end
 # Numbers stand alone, and the words beside them take the spaces: "has ", "7", " apples". One form for each number.

@@ -11,20 +11,32 @@ import os
 import shutil
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from models.chat import Tokenizer, load_tokenizer, messages_of, render_completion, render_prompt
+from models.chat import (
+    Tokenizer,
+    load_tokenizer,
+    messages_of,
+    render_completion,
+    render_conversation,
+    render_prompt,
+)
+from models.chat_tokens import add_to_tokenizer, fit_model, train_embeddings
+from models.engine import Message
 from models.jobs import Job, PolicyJob, PreferenceJob, SFTJob, TrainingOutcome
 from models.noise import is_noisy, noisy_reference
-from models.specs import Optimization, PromptTemplate
+from models.packing import check_walls, pack
+from models.specs import Optimization
 from models.training_callbacks import WHOLE, last_whole_checkpoint, recorder, sealer
+from models.training_rows import read_chats, read_columns, read_sides
 
 logger = logging.getLogger("models.trainers")
 
 TOO_LONG = "longer than max_length"
+REWRITTEN = "earlier replies that the template renders otherwise later on, not trained on"
 SCHEDULES = {"trapezoid": "warmup_stable_decay"}  # where transformers has another name
 OPTIMIZERS = {"adamw": "adamw_torch_fused", "rmsprop": "rmsprop"}
 KEPT_CHECKPOINTS = 2  # one may be torn
@@ -48,22 +60,33 @@ def fit_sft(job: SFTJob) -> TrainingOutcome:
 
     _score_completions_only()
     tokenizer = load_tokenizer(job.weights, job.chat_template, job.trust_remote_code, revision=job.revision)
+    settings = job.settings
+    new_tokens = add_to_tokenizer(tokenizer, settings.chat_tokens) if settings.chat_tokens else []
     rows, dropped = sft_rows(job, tokenizer)
-    arguments = _arguments(job, job.settings, len(rows))
+    model, adapter, dataset = _starting_model(job, settings), _new_adapter(job, settings), _dataset(rows)
+    if settings.chat_tokens is not None:
+        fit_model(model, tokenizer, settings.seed)
+    if adapter is not None:
+        train_embeddings(adapter, model, new_tokens)
+    if settings.packing:
+        check_walls(model)
+        dataset = pack(dataset, settings.max_length)
     trainer = SFTTrainer(
-        model=_starting_model(job, job.settings),
+        model=model,
         args=SFTConfig(
-            **arguments,
-            max_length=job.settings.max_length,
-            packing=False,
-            padding_free=False,
+            **_arguments(job, settings, len(dataset)),
+            max_length=settings.max_length,
+            packing=settings.packing,
+            packing_strategy="bfd",
+            padding_free=settings.packing,
             loss_type="nll",
             completion_only_loss=True,
+            neftune_noise_alpha=settings.embedding_noise,
             dataset_kwargs={"skip_prepare_dataset": True},  # the rows hold input_ids and labels
         ),
-        train_dataset=_dataset(rows),
+        train_dataset=dataset,
         processing_class=tokenizer,
-        peft_config=_new_adapter(job, job.settings),
+        peft_config=adapter,
     )
     held_out = {task: _dataset(rows) for task, rows in held_out_rows(job, tokenizer).items()}
     return _train(trainer, job, job.settings, len(rows), dropped, held_out)
@@ -114,21 +137,24 @@ def sft_rows(job: SFTJob, tokenizer: Tokenizer) -> tuple[list[dict[str, Any]], C
         ValueError: no row is left.
     """
     kept, dropped = [], Counter[str]()
-    for prompt, completion in read_columns(job.rows, ("prompt", "completion")):
-        row = _sft_row(job, tokenizer, prompt, completion)
+    for messages in read_chats(job.rows, job.template):
+        row, rewritten = _sft_row(job, tokenizer, messages)
+        dropped[REWRITTEN] += rewritten
         if row is None:
             dropped[TOO_LONG] += 1
         else:
             kept.append(row)
     _check_some_left(job, len(kept), dropped)
-    return kept, dropped
+    return kept, +dropped
 
 
 def held_out_rows(job: SFTJob, tokenizer: Tokenizer) -> dict[str, list[dict[str, Any]]]:
     """The rows of each task that are not trained on, as `sft_rows` makes them; those too long are left out."""
     tasks: dict[str, list[dict[str, Any]]] = {}
     for task, prompt, completion in read_columns(job.held_out, ("task", "prompt", "completion")):
-        if (row := _sft_row(job, tokenizer, prompt, completion)) is not None:
+        messages = (*messages_of(job.template, prompt), {"role": "assistant", "content": completion})
+        row, _ = _sft_row(job, tokenizer, messages)
+        if row is not None:
             tasks.setdefault(task, []).append(row)
     return dict(sorted(tasks.items()))
 
@@ -144,8 +170,9 @@ def preference_rows(job: PreferenceJob, tokenizer: Tokenizer) -> tuple[list[dict
     kept, dropped = [], Counter[str]()
     noise = job.settings.reference_noise
     judged = ("margin",) if noise is not None and noise.below_margin is not None else ()
-    for prompt, chosen, rejected, *margin in read_columns(job.rows, ("prompt", "chosen", "rejected", *judged)):
-        prompt_ids, sides = _render(tokenizer, job.template, prompt, chosen, rejected)
+    for messages, chosen, rejected, margin in read_sides(job.rows, job.template, judged):
+        prompt_ids = render_prompt(tokenizer, messages)
+        sides = [render_completion(tokenizer, messages, text) for text in (chosen, rejected)]
         if len(prompt_ids) + max(map(len, sides)) > job.settings.max_length:
             dropped[TOO_LONG] += 1
             continue
@@ -154,15 +181,6 @@ def preference_rows(job: PreferenceJob, tokenizer: Tokenizer) -> tuple[list[dict
         kept.append(row if noise is None else row | {"noisy": is_noisy(noise, *margin)})
     _check_some_left(job, len(kept), dropped)
     return kept, dropped
-
-
-def read_columns(files: Sequence[Path], columns: Sequence[str]) -> Iterator[tuple[Any, ...]]:
-    """These columns of all rows of the Parquet files, in order."""
-    import pyarrow.parquet as pq
-
-    for file in files:
-        for batch in pq.ParquetFile(file).iter_batches(columns=list(columns)):
-            yield from zip(*(batch.column(name).to_pylist() for name in columns), strict=True)
 
 
 def split_batch(settings: Optimization, rows: int, devices: int) -> Batching:
@@ -184,21 +202,15 @@ def split_batch(settings: Optimization, rows: int, devices: int) -> Batching:
     return Batching(per_device, accumulation, steps)
 
 
-def _sft_row(job: SFTJob, tokenizer: Tokenizer, prompt: str, completion: str) -> dict[str, Any] | None:
+def _sft_row(job: SFTJob, tokenizer: Tokenizer, messages: Sequence[Message]) -> tuple[dict[str, Any] | None, int]:
+    """The row, or None if it is too long, and how many earlier replies are not trained on."""
     import numpy as np
 
-    prompt_ids, (ids,) = _render(tokenizer, job.template, prompt, completion)
-    if len(prompt_ids) + len(ids) > job.settings.max_length:
-        return None
-    labels = [-100] * len(prompt_ids) + ids
-    return {"input_ids": np.array(prompt_ids + ids, np.int32), "labels": np.array(labels, np.int32)}
-
-
-def _render(
-    tokenizer: Tokenizer, template: PromptTemplate, prompt: str, *completions: str
-) -> tuple[list[int], list[list[int]]]:
-    messages = messages_of(template, prompt)
-    return render_prompt(tokenizer, messages), [render_completion(tokenizer, messages, text) for text in completions]
+    ids, trained, rewritten = render_conversation(tokenizer, messages)
+    if len(ids) > job.settings.max_length:
+        return None, 0
+    labels = [token if train else -100 for token, train in zip(ids, trained, strict=True)]
+    return {"input_ids": np.array(ids, np.int32), "labels": np.array(labels, np.int32)}, rewritten
 
 
 def _check_some_left(job: PolicyJob, kept: int, dropped: Counter[str]) -> None:
@@ -411,7 +423,7 @@ def _save(trainer: Any, job: PolicyJob, settings: Optimization) -> None:
     if not trainer.is_world_process_zero():
         return
     if merge:
-        _merge(job, folder)
+        _merge(job, folder, trainer.processing_class)
         trainer.processing_class.save_pretrained(job.output)
     elif settings.lora is not None:
         _make_adapter_reproducible(folder, job.weights)
@@ -420,10 +432,12 @@ def _save(trainer: Any, job: PolicyJob, settings: Optimization) -> None:
     shutil.rmtree(job.output / "ref", ignore_errors=True)  # DPO's frozen copy of an adapter that was trained further
 
 
-def _merge(job: PolicyJob, adapter: Path) -> None:
+def _merge(job: PolicyJob, adapter: Path, tokenizer: Tokenizer) -> None:
     base = _load_weights(job, "float32")
     if job.adapter is not None:
         base = _merged(base, job.adapter)
+    if isinstance(job, SFTJob) and job.settings.chat_tokens is not None:
+        fit_model(base, tokenizer, job.settings.seed)
     _merged(base, adapter).save_pretrained(job.output)
 
 

@@ -12,7 +12,7 @@ from models.specs import SFT, ModelRef, Preference, PromptTemplate, TinyModel
 from models.worker import run_job
 from storage.checkpoints import commit_checkpoint, scratch_folder
 from storage.datasets import DatasetRef, data_files, read_rows, write_rows
-from storage.rows import Demonstration, Pair, TrainingMetric
+from storage.rows import ChatPair, Conversation, Demonstration, Pair, TrainingMetric
 from tasks.caching import current_key, current_step, log_counts, step
 from tasks.serving import give_back_accelerator, local_model
 
@@ -34,13 +34,13 @@ def train_sft(
     sft: SFT,
     held_out: tuple[DatasetRef, ...] = (),
 ) -> ModelRef:
-    """Fine-tune the starting model on all these demonstrations, loss on the completions only.
+    """Fine-tune the starting model on all these demonstrations or conversations, loss on what is to be imitated only.
 
     Args:
         held_out: demonstrations not trained on; the loss of each of their tasks is logged before and after.
     """
     if fake_engine.is_fake(local_model(start).weights):
-        rewards = [row.reward for ref in demonstrations for row in read_rows(ref, Demonstration)]
+        rewards = [reward for ref in demonstrations for reward in _rewards(ref)]
         return _train_fake(start, [reward or 0.0 for reward in rewards], demonstrations)
     job = SFTJob(
         template=template,
@@ -59,7 +59,7 @@ def train_preferences(
 ) -> ModelRef:
     """Train the starting model on pairs; as it starts it is also the reference, frozen."""
     if fake_engine.is_fake(local_model(start).weights):
-        rewards = [_taken_for(row) for ref in pairs for row in read_rows(ref, Pair)]
+        rewards = [reward or 0.0 for ref in pairs for reward in _rewards(ref)]
         return _train_fake(start, rewards, pairs)
     job = PreferenceJob(template=template, rows=_files(pairs), settings=preference, **_start(start), **_folders())
     return _trained(job, pairs, start)
@@ -110,6 +110,15 @@ def _trained(job: SFTJob | PreferenceJob | TinyJob, parents: Sequence[DatasetRef
 def _metrics(outcome: TrainingOutcome) -> Iterator[TrainingMetric]:
     for line in outcome.metrics.read_text().splitlines():
         yield TrainingMetric(**json.loads(line))
+
+
+def _rewards(ref: DatasetRef) -> Iterator[float | None]:
+    """How good a fake training takes each row to be; chats of a data set are right."""
+    if ref.row_type in (Conversation.__name__, ChatPair.__name__):
+        return iter([1.0] * ref.rows)
+    if ref.row_type == Pair.__name__:
+        return (_taken_for(row) for row in read_rows(ref, Pair))
+    return (row.reward for row in read_rows(ref, Demonstration))
 
 
 def _taken_for(pair: Pair) -> float:

@@ -76,6 +76,7 @@ def test_dropped_rows_are_counted_and_the_first_is_shown(tmp_path: Path, caplog:
         {"prompt": "a", "chosen": "yes", "rejected": "no"},
         {"prompt": "d", "chosen": "one two three four", "rejected": "no"},
     ]
+    caplog.set_level("INFO")
     mixed = mixture(entry(jsonl(tmp_path / "a.jsonl", *pairs), filters={"max_tokens": 4}))
     assert [row.chosen for row in read_rows(blend(mixed, "pairs", NOTHING, FAKE), ChatPair)] == ["yes"]
     assert "a.jsonl: dropped: chosen equals rejected, first in row 2" in caplog.text
@@ -122,6 +123,7 @@ def test_unclear_licence_needs_a_leave_and_prints_a_notice(tmp_path: Path, caplo
 def test_rows_with_a_benchmarks_question_are_dropped(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
+    caplog.set_level("INFO")
     monkeypatch.setenv("RATCHET_DATA", str(tmp_path))
     jsonl(tmp_path / "gsm8k" / "main" / "test.jsonl", {"question": LONG, "answer": "#### 1"})
     jsonl(tmp_path / "truthful_qa" / "multiple_choice" / "validation.jsonl", {"question": "What do dogs dream of?"})
@@ -140,6 +142,7 @@ def test_a_benchmark_that_is_not_at_hand_is_told_loudly_and_counted(
         raise ConnectionError("no network")
 
     monkeypatch.setattr("datasets.load_dataset", unreachable)
+    caplog.set_level("INFO")
     monkeypatch.setenv("RATCHET_DATA", str(tmp_path))
     mixed = mixture(entry(jsonl(tmp_path / "a.jsonl", *asked("1", "2"))), apart_from=["gsm8k"])
     guard = guard_against((mixed,))
