@@ -11,9 +11,10 @@ from flows.server import importing_prefect
 RECIPES = {
     "rest_em": ("flows.rest_em", "RestEM", "rest_em"),
     "generator_evaluator": ("flows.generator_evaluator", "GeneratorEvaluator", "generator_evaluator"),
+    "instruct_tuning": ("flows.instruct_tuning", "InstructTuning", "instruct_tuning"),
     "spin": ("flows.spin", "Spin", "spin"),
 }
-COMING = ("autoif", "instruct_tuning")
+COMING = ("autoif",)
 
 
 class Recipe:

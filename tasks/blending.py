@@ -5,7 +5,7 @@ import logging
 import random
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, Literal, NamedTuple, TypeVar
+from typing import Any, ClassVar, Literal, NamedTuple, TypeVar
 
 from pydantic import Field, model_validator
 
@@ -69,7 +69,9 @@ class ChatSource(Settings):
 
 
 class Mixture(Settings):
-    """Several sources as one data set."""
+    """Several sources of conversations as one data set."""
+
+    content: ClassVar[Content] = "conversations"
 
     sources: tuple[ChatSource, ...] = Field(min_length=1)
     seed: int = Field(default=42, ge=0)  # of the draws by weight
@@ -84,6 +86,12 @@ class Mixture(Settings):
         return self
 
 
+class PairMixture(Mixture):
+    """Several sources of pairs as one data set."""
+
+    content: ClassVar[Content] = "pairs"
+
+
 class Guard(NamedTuple):
     """What rows are kept apart from."""
 
@@ -91,8 +99,8 @@ class Guard(NamedTuple):
     missing: tuple[str, ...]  # benchmarks that are not at hand, so that nothing could be kept apart from them
 
 
-def blend(mixture: Mixture, content: Content, guard: Guard, policy: ModelRef) -> DatasetRef:
-    """Conversation or ChatPair rows of all sources.
+def blend(mixture: Mixture, guard: Guard, policy: ModelRef) -> DatasetRef:
+    """Conversation or ChatPair rows of all sources, by the kind of mixture.
 
     Args:
         policy: its tokenizer counts for filters.max_tokens.
@@ -107,7 +115,7 @@ def blend(mixture: Mixture, content: Content, guard: Guard, policy: ModelRef) ->
             )
     counts_tokens = any(entry.filters.max_tokens is not None for entry in mixture.sources)
     missing = tuple(name for name in guard.missing if name in mixture.apart_from)
-    return mix_chats(mixture, content, guard.questions, missing, policy if counts_tokens else None)
+    return mix_chats(mixture, mixture.content, guard.questions, missing, policy if counts_tokens else None)
 
 
 @step(version="1")
@@ -153,6 +161,32 @@ def guard_against(mixtures: tuple[Mixture, ...]) -> Guard:
                 error,
             )
     return Guard(tuple(questions), tuple(missing))
+
+
+def faults_of(mixture: Mixture) -> Iterator[str]:
+    """What is wrong with the sources of a mixture, found by reading the first row of each."""
+    for entry in mixture.sources:
+        name = source_name(entry.source)
+        try:
+            first = next(read_records(entry.source), None)
+        except (ValueError, OSError) as error:
+            yield f"{name}: {error}"
+            continue
+        if first is None:
+            yield f"{name} has no rows; see `rows` and `limit` of the source"
+        elif missing := rules.missing_columns(first[1], entry.columns, entry.filters, mixture.content):
+            yield f"{name} row {first[0]}: {missing}"
+
+
+def first_prompt(mixture: Mixture) -> str:
+    """What the user says first in the first sound row, to be looked at."""
+    entry = mixture.sources[0]
+    read = rules.read_pair if mixture.content == "pairs" else rules.read_conversation
+    for line, record in read_records(entry.source):
+        row = read(record, entry.columns, Origin(source_name(entry.source), "", line))
+        if not isinstance(row, str):
+            return row.contents[row.roles.index("user")]
+    raise ValueError(f"{source_name(entry.source)} has no sound row")
 
 
 @step(version="1")

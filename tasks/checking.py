@@ -13,6 +13,7 @@ from models.fake_engine import fake_skill
 from models.specs import VLLM, EngineSettings, Fake, ModelRef, OpenAI, Optimization, PromptTemplate, Sampling
 from storage.home import home
 from storage.hub import Source
+from tasks.blending import Mixture, faults_of, first_prompt
 from tasks.loading import demonstrations_of, prompts_of
 
 T = TypeVar("T")
@@ -74,6 +75,7 @@ def faults(config: Checkable) -> list[str]:
     """Every fault of the experiment, in words; empty when it can be run."""
     found = list(_home_faults())
     found += _source_faults(config)
+    found += [f"{name}: {fault}" for name, one in _parts(config, Mixture) for fault in faults_of(one)]
     found += [fault for name, model in _parts(config, ModelRef) for fault in _model_faults(name, model, config)]
     if isinstance(config.engine, OpenAI):
         found.append(
@@ -89,8 +91,8 @@ def faults(config: Checkable) -> list[str]:
 
 def first_prompts(config: Checkable) -> dict[str, str]:
     """The first training prompt as the engine will get it, for each way the experiment prompts a model."""
-    source = config.reads()[0].source
-    prompt = next(iter(prompts_of(source))).prompt
+    mixtures = [mixture for _, mixture in _parts(config, Mixture)]
+    prompt = first_prompt(mixtures[0]) if mixtures else next(iter(prompts_of(config.reads()[0].source))).prompt
     return {label: _rendered(ref, template, prompt) for label, (ref, template) in config.templates().items()}
 
 

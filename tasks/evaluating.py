@@ -10,8 +10,9 @@ from models.specs import EngineSettings, ModelRef, PromptTemplate, Sampling, Set
 from storage.datasets import DatasetRef, read_rows, write_rows
 from storage.rows import EvaluatedPrompt, Metric, ScoredRollout
 from tasks.caching import step
+from tasks.headlining import AVERAGE
 from tasks.metrics import evaluate_prompt, parse_strategy, summarise
-from tasks.promotion import Decision, Gate, decide
+from tasks.promotion import Decision, Gate, decide, hold_to_benchmarks
 from tasks.recording import split
 from tasks.sampling import sample_rollouts
 from tasks.scoring import score_answers
@@ -51,6 +52,8 @@ class Contender(NamedTuple):
     template: PromptTemplate
     dev: DatasetRef  # EvaluatedPrompt rows of the gate's strategy
     test: DatasetRef  # EvaluatedPrompt rows of all strategies
+    benchmarks: DatasetRef | None = None  # EvaluatedPrompt rows of benchmarks, where the gate looks at them
+    floor: DatasetRef | None = None  # the base's, which they may not be far below
 
 
 def assess(
@@ -93,6 +96,21 @@ def evaluate_answers(scored: tuple[DatasetRef, ...], strategies: tuple[tuple[str
 def decide_promotion(challenger: DatasetRef, incumbent: DatasetRef, gate: Gate) -> Decision:
     """Whether the challenger replaces the incumbent, by a paired test on the dev split."""
     return decide(list(read_rows(challenger, EvaluatedPrompt)), list(read_rows(incumbent, EvaluatedPrompt)), gate)
+
+
+@step(version="1", assumed=Decision(True, "not decided yet", 0.0, 0.0, 0.0, 1.0, 0))
+def decide_with_benchmarks(
+    challenger: DatasetRef, incumbent: DatasetRef, benchmarks: DatasetRef, base_benchmarks: DatasetRef, gate: Gate
+) -> Decision:
+    """As `decide_promotion`, but a challenger whose benchmarks fall too far below the base's is turned down."""
+
+    def figures(ref: DatasetRef) -> list[EvaluatedPrompt]:
+        return [row for row in read_rows(ref, EvaluatedPrompt) if row.strategy != AVERAGE]
+
+    assert gate.maximum_benchmark_drop is not None  # promote sees to it
+    new, old = (list(read_rows(ref, EvaluatedPrompt)) for ref in (challenger, incumbent))
+    held_to = figures(benchmarks), figures(base_benchmarks)
+    return hold_to_benchmarks(decide(new, old, gate), *held_to, gate.maximum_benchmark_drop)
 
 
 def metrics_of(evaluated: DatasetRef, split: str, seed: int) -> list[Metric]:

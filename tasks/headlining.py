@@ -5,6 +5,7 @@ So a benchmark stands beside strategies in the record, the report and the publis
 
 from collections import defaultdict
 from collections.abc import Iterator
+from typing import Literal
 
 from storage.datasets import DatasetRef, read_rows, write_rows
 from storage.rows import BenchmarkSample, EvaluatedPrompt
@@ -25,9 +26,18 @@ HEADLINES = {
 AVERAGE = "average of tasks"  # each task weighs the same; its n is the number of tasks
 
 
-@step(version="1")
-def evaluate_headlines(answered: tuple[DatasetRef, ...], evaluated: DatasetRef | None) -> DatasetRef:
-    """A row a document of each benchmark and one a task for their average, after what was evaluated otherwise."""
+Gsm8kReading = Literal["strict-match", "flexible-extract"]
+
+
+@step(version="2")
+def evaluate_headlines(
+    answered: tuple[DatasetRef, ...], evaluated: DatasetRef | None, gsm8k: Gsm8kReading = "strict-match"
+) -> DatasetRef:
+    """A row a document of each benchmark and one a task for their average, after what was evaluated otherwise.
+
+    Args:
+        gsm8k: how its answers are read; a flexible figure says so in its name.
+    """
 
     def rows() -> Iterator[EvaluatedPrompt]:
         if evaluated is not None:
@@ -37,8 +47,9 @@ def evaluate_headlines(answered: tuple[DatasetRef, ...], evaluated: DatasetRef |
             values: dict[str, list[float]] = defaultdict(list)
             for sample in read_rows(samples, BenchmarkSample):
                 metric, filter_ = HEADLINES[sample.benchmark]
-                if sample.filter == filter_ and metric in sample.metrics:
-                    name = f"{sample.benchmark} ({sample.shots})"
+                flexible = sample.benchmark == "gsm8k" and gsm8k == "flexible-extract"
+                if sample.filter == (gsm8k if flexible else filter_) and metric in sample.metrics:
+                    name = f"{sample.benchmark} ({sample.shots}{', flexible' if flexible else ''})"
                     values[name].append(sample.values[sample.metrics.index(metric)])
                     yield _row(f"{sample.task}/{sample.document}", name, values[name][-1])
             means |= {name: sum(told) / len(told) for name, told in values.items()}

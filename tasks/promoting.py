@@ -3,7 +3,7 @@
 from storage.datasets import DatasetRef
 from storage.experiments import Experiment, IterationRecord
 from storage.rows import Metric
-from tasks.evaluating import Contender, decide_promotion, metrics_of
+from tasks.evaluating import Contender, decide_promotion, decide_with_benchmarks, metrics_of
 from tasks.observing import publish_iteration
 from tasks.planning import current_plan
 from tasks.promotion import Decision, Gate
@@ -24,6 +24,7 @@ FUNNEL = (
     "trained_on",
 )
 FUNNEL_STEPS = (
+    "mix_chats",
     "select_demonstrations",
     "mix_tasks",
     "pair_rollouts",
@@ -45,7 +46,11 @@ def promote(
     experiment: Experiment, label: str, challenger: Contender, incumbent: Contender, gate: Gate, **made_from: DatasetRef
 ) -> Contender:
     """Record an iteration and return the contender that stands after it."""
-    decision = decide_promotion(challenger.dev, incumbent.dev, gate)
+    if gate.maximum_benchmark_drop is not None and challenger.benchmarks and challenger.floor:
+        benchmarks = challenger.benchmarks, challenger.floor
+        decision = decide_with_benchmarks(challenger.dev, incumbent.dev, *benchmarks, gate)
+    else:
+        decision = decide_promotion(challenger.dev, incumbent.dev, gate)
     _record(experiment, label, challenger, decision, made_from)
     return challenger if decision.promoted else incumbent
 

@@ -1,6 +1,7 @@
 """The gate: does the candidate replace the incumbent? Decided by a paired test on a dev split, never on test."""
 
 from collections.abc import Sequence
+from statistics import mean
 from typing import Literal, NamedTuple
 
 from pydantic import Field
@@ -15,12 +16,14 @@ class Gate(Settings):
 
     `better`: the difference is above zero, and a one-sided paired test says so. `not_worse`: the difference as measured
     is no drop beyond `maximum_drop`; no test, since on few prompts hardly any policy can be shown not to be worse.
+    Whatever of these is asked for, `maximum_benchmark_drop` holds too where benchmarks are run: as measured, no test.
     """
 
     promote: Literal["better", "not_worse", "always"] = "better"
     strategy: str = "mean@1"
     alpha: float = Field(default=0.05, gt=0, lt=1)  # of the one-sided test
     maximum_drop: float = Field(default=0.01, ge=0, le=1)  # as a share: 0.01 is one point
+    maximum_benchmark_drop: float | None = Field(default=None, ge=0, le=1)  # of any benchmark below the base's figure
     seed: int = Field(default=0, ge=0)  # of the resampling
 
 
@@ -53,6 +56,37 @@ def decide(candidate: Sequence[EvaluatedPrompt], incumbent: Sequence[EvaluatedPr
     promoted = _passes(paired, gate)
     before, after = sum(old.values()) / len(old), sum(new.values()) / len(new)
     return Decision(promoted, _sentence(paired, before, after, gate, promoted=promoted), *paired)
+
+
+def hold_to_benchmarks(
+    decision: Decision, candidate: Sequence[EvaluatedPrompt], base: Sequence[EvaluatedPrompt], maximum_drop: float
+) -> Decision:
+    """The decision, turned down where a benchmark's figure is more than `maximum_drop` below the base's.
+
+    Raises:
+        ValueError: the two were not put through the same documents.
+    """
+    after, before = _documents(candidate), _documents(base)
+    if after.keys() != before.keys() or any(after[name].keys() != before[name].keys() for name in after):
+        raise ValueError("candidate and base were put through different benchmark documents; use the same limits")
+    drops = {name: mean(before[name].values()) - mean(after[name].values()) for name in after}
+    worst = max(drops, key=lambda name: drops[name])
+    told = (
+        f"{worst} went from {100 * mean(before[worst].values()):.1f} % to {100 * mean(after[worst].values()):.1f} % of "
+        f"{len(after[worst]):,} documents, {-100 * drops[worst]:+.1f} points from the base, and a benchmark may fall "
+        f"by {100 * maximum_drop:g}"
+    )
+    if drops[worst] <= maximum_drop + 1e-9:
+        return decision._replace(reason=f"{decision.reason} Benchmarks: at worst, {told}.")
+    said = decision.reason.removeprefix("Promoted: ").removeprefix("Not promoted: ")
+    return decision._replace(promoted=False, reason=f"Not promoted: {told}. Otherwise: {said}")
+
+
+def _documents(rows: Sequence[EvaluatedPrompt]) -> dict[str, dict[str, float]]:
+    by_name: dict[str, dict[str, float]] = {}
+    for row in rows:
+        by_name.setdefault(row.strategy, {})[row.prompt_id] = row.value
+    return by_name
 
 
 def _by_prompt(rows: Sequence[EvaluatedPrompt], gate: Gate, side: str) -> dict[str, float]:

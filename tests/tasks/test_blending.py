@@ -10,7 +10,7 @@ from pydantic import ValidationError
 from models.specs import ModelRef
 from storage.datasets import DatasetRef, read_rows
 from storage.rows import ChatPair, Conversation
-from tasks.blending import Guard, Mixture, blend, guard_against
+from tasks.blending import Guard, Mixture, PairMixture, blend, guard_against
 from tasks.contamination import Questions
 from tasks.licences import doubt_about
 
@@ -29,8 +29,8 @@ def entry(path: Path, **fields: Any) -> dict[str, Any]:
     return {"source": {"path": str(path)}, "licence": "mit", **fields}
 
 
-def mixture(*sources: dict[str, Any], **fields: Any) -> Mixture:
-    return Mixture.model_validate({"sources": list(sources), "apart_from": [], **fields})
+def mixture(*sources: dict[str, Any], kind: type[Mixture] = Mixture, **fields: Any) -> Mixture:
+    return kind.model_validate({"sources": list(sources), "apart_from": [], **fields})
 
 
 def conversations(ref: DatasetRef) -> list[Conversation]:
@@ -44,7 +44,7 @@ def asked(*prompts: str) -> list[dict[str, Any]]:
 def test_sources_stand_in_their_order_with_source_and_licence(tmp_path: Path) -> None:
     first, second = jsonl(tmp_path / "a.jsonl", *asked("1", "2")), jsonl(tmp_path / "b.jsonl", *asked("3"))
     mixed = mixture(entry(first), entry(second, licence="apache-2.0"))
-    rows = conversations(blend(mixed, "conversations", NOTHING, FAKE))
+    rows = conversations(blend(mixed, NOTHING, FAKE))
     assert [(row.contents[0], row.source, row.licence, row.line) for row in rows] == [
         ("1", "a.jsonl", "mit", 1),
         ("2", "a.jsonl", "mit", 2),
@@ -56,7 +56,7 @@ def test_a_weight_takes_that_share_and_the_same_rows_whatever_their_order(tmp_pa
     rows = asked(*(f"prompt {n}" for n in range(400)))
     forth, back = jsonl(tmp_path / "a" / "x.jsonl", *rows), jsonl(tmp_path / "b" / "x.jsonl", *reversed(rows))
     taken = [
-        {row.contents[0] for row in conversations(blend(mixed, "conversations", NOTHING, FAKE))}
+        {row.contents[0] for row in conversations(blend(mixed, NOTHING, FAKE))}
         for mixed in (
             mixture(entry(forth, weight=0.25)),
             mixture(entry(back, weight=0.25)),
@@ -77,8 +77,8 @@ def test_dropped_rows_are_counted_and_the_first_is_shown(tmp_path: Path, caplog:
         {"prompt": "d", "chosen": "one two three four", "rejected": "no"},
     ]
     caplog.set_level("INFO")
-    mixed = mixture(entry(jsonl(tmp_path / "a.jsonl", *pairs), filters={"max_tokens": 4}))
-    assert [row.chosen for row in read_rows(blend(mixed, "pairs", NOTHING, FAKE), ChatPair)] == ["yes"]
+    mixed = mixture(entry(jsonl(tmp_path / "a.jsonl", *pairs), filters={"max_tokens": 4}), kind=PairMixture)
+    assert [row.chosen for row in read_rows(blend(mixed, NOTHING, FAKE), ChatPair)] == ["yes"]
     assert "a.jsonl: dropped: chosen equals rejected, first in row 2" in caplog.text
     assert "first in row 3" not in caplog.text
     assert "'chosen equals rejected': 2, 'stands there more than once': 1, 'longer than max_tokens': 1" in caplog.text
@@ -87,12 +87,12 @@ def test_dropped_rows_are_counted_and_the_first_is_shown(tmp_path: Path, caplog:
 def test_a_source_without_a_row_left_is_an_error_that_says_why(tmp_path: Path) -> None:
     file = jsonl(tmp_path / "a.jsonl", {"prompt": "b", "chosen": "same", "rejected": "same"})
     with pytest.raises(ValueError, match=r"no row of a.jsonl is left: \{'chosen equals rejected': 1\}"):
-        blend(mixture(entry(file)), "pairs", NOTHING, FAKE)
+        blend(mixture(entry(file), kind=PairMixture), NOTHING, FAKE)
 
 
 def test_maximum_rows_counts_rows_that_are_kept(tmp_path: Path) -> None:
     file = jsonl(tmp_path / "a.jsonl", *asked("", "1", "2", "3"))
-    rows = conversations(blend(mixture(entry(file, maximum_rows=2)), "conversations", NOTHING, FAKE))
+    rows = conversations(blend(mixture(entry(file, maximum_rows=2)), NOTHING, FAKE))
     assert [row.contents[0] for row in rows] == ["1", "2"]
 
 
@@ -115,7 +115,7 @@ def test_unclear_licence_needs_a_leave_and_prints_a_notice(tmp_path: Path, caplo
     with pytest.raises(ValidationError, match="accept_unclear_licence: true"):
         mixture(entry(file, licence=None))
     mixed = mixture(entry(file, licence=None, accept_unclear_licence=True))
-    (row,) = conversations(blend(mixed, "conversations", NOTHING, FAKE))
+    (row,) = conversations(blend(mixed, NOTHING, FAKE))
     assert row.licence == "unclear: none stated (no licence is stated)"
     assert "LICENCE: a.jsonl is used although" in caplog.text
 
@@ -130,7 +130,7 @@ def test_rows_with_a_benchmarks_question_are_dropped(
     part = LONG.split()[2:15]  # thirteen words of it
     prompts = ("1", f"Please: {' '.join(part)}, ok", f"Please: {' '.join(part[:12])}, ok", "Say: what do DOGS dream of")
     mixed = mixture(entry(jsonl(tmp_path / "a.jsonl", *asked(*prompts))), apart_from=["gsm8k", "truthfulqa_mc2"])
-    rows = conversations(blend(mixed, "conversations", guard_against((mixed,)), FAKE))
+    rows = conversations(blend(mixed, guard_against((mixed,)), FAKE))
     assert [row.contents[0] for row in rows] == [prompts[0], prompts[2]]
     assert "'holds a question of gsm8k': 1, 'holds a question of truthfulqa_mc2': 1" in caplog.text
 
@@ -148,7 +148,7 @@ def test_a_benchmark_that_is_not_at_hand_is_told_loudly_and_counted(
     guard = guard_against((mixed,))
     assert guard.missing == ("gsm8k",)
     assert "OVERLAP NOT CHECKED: gsm8k is not at hand" in caplog.text
-    blend(mixed, "conversations", guard, FAKE)
+    blend(mixed, guard, FAKE)
     assert "rows that could not be checked against gsm8k" in caplog.text
 
 
