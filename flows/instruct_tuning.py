@@ -53,7 +53,7 @@ class PreferenceStage(Settings):
 
     @model_validator(mode="after")
     def _one_names_the_loss(self) -> "PreferenceStage":
-        if self.auto is not None and "loss_type" in self.training.model_fields_set:
+        if self.auto is not None and self.training.loss_type != ("sigmoid",):
             raise ValueError("auto chooses the loss, and training.loss_type names one; remove one of the two")
         if self.training.lora is not None and not self.training.lora.merge:
             raise ValueError("training.lora.merge is false, but the recipe ends in a model folder; set it to true")

@@ -29,6 +29,11 @@ class Section(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
+    def chosen(self, *names: str) -> list[str]:
+        """Which of these fields differ from their defaults; settings as they are stored state every field."""
+        fields = type(self).model_fields
+        return sorted(name for name in names if getattr(self, name) != fields[name].default)
+
 
 class Columns(Section):
     """Which columns of the source to read; None: the source has none."""
@@ -40,7 +45,7 @@ class Columns(Section):
 
     @model_validator(mode="after")
     def _turns_stand_alone(self) -> Self:
-        if self.turns is not None and self.model_fields_set & {"prompt", "completion"}:
+        if self.turns is not None and self.chosen("prompt", "completion"):
             raise ValueError("columns.turns holds prompt and completion; remove columns.prompt and columns.completion")
         return self
 
@@ -79,10 +84,10 @@ class Source(Section):
         named = [name for name in ("hub", "path", "arithmetic") if getattr(self, name) is not None]
         if len(named) != 1:
             raise ValueError(f"a source names exactly one of hub, path and arithmetic; found {named or 'none of them'}")
-        foreign = self.model_fields_set & {"config", "split", "revision"}
+        foreign = self.chosen("config", "split", "revision")
         if foreign and self.hub is None:
-            raise ValueError(f"{sorted(foreign)} belong to a hub source, this one is {named[0]!r}; remove them")
-        if self.arithmetic is not None and self.model_fields_set & {"columns", "answer_after"}:
+            raise ValueError(f"{foreign} belong to a hub source, this one is {named[0]!r}; remove them")
+        if self.arithmetic is not None and self.chosen("columns", "answer_after"):
             raise ValueError("columns and answer_after do not apply to arithmetic problems; remove them")
         if self.answer_after is not None and self.columns.answer is None:
             raise ValueError(

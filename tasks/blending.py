@@ -134,9 +134,12 @@ def mix_chats(
     asked = ((row.source, row.prompt) for ref in questions for row in read_rows(ref, Prompt))
     blending = _Blending(mixture, Questions(asked), token_counter(policy) if policy else None)
     if content == "conversations":
-        mixed = write_rows(blending.rows(content, rules.read_conversation), Conversation, step="conversations")
+        mixed = write_rows(
+            blending.rows(content, rules.read_conversation), Conversation, step="conversations", settings=mixture.key()
+        )
     else:
-        mixed = write_rows(blending.rows(content, rules.read_pair), ChatPair, step="chat_pairs")
+        pairs = blending.rows(content, rules.read_pair)
+        mixed = write_rows(pairs, ChatPair, step="chat_pairs", settings=mixture.key())
     not_checked = {f"rows that could not be checked against {name}": mixed.rows for name in unchecked}
     log_counts({"kept" if content == "conversations" else "pairs": mixed.rows, **blending.drops, **not_checked})
     return mixed
@@ -255,7 +258,7 @@ class _Blending:
             log.info("%s: %d rows kept, %s", name, kept, dict(drops) or "none dropped")
             if not kept:
                 raise ValueError(f"no row of {name} is left: {dict(drops) or 'it has none'}; correct the source or it")
-            self.drops.update({f"{name}: {reason}": n for reason, n in drops.items()})
+            self.drops.update({f"{reason} in {name}": n for reason, n in drops.items()})
 
     def _unwanted(self, row: Conversation | ChatPair, record: Mapping[str, Any], entry: ChatSource) -> str:
         sides = [[row.chosen], [row.rejected]] if isinstance(row, ChatPair) else [[]]
