@@ -199,7 +199,8 @@ def measure(
         told, floor = evaluate_headlines(answered, None, config.gsm8k), None if base is None else base.benchmarks
         if contender is None:
             return Contender(policy, config.template, told, told, told, floor)
-        return contender._replace(test=evaluate_headlines(answered, contender.test, config.gsm8k), benchmarks=told)
+        test = evaluate_headlines(answered, contender.test, config.gsm8k)
+        return contender._replace(test=test, benchmarks=told, floor=floor)
 
 
 def open_base(config: InstructTuning) -> ModelRef:
