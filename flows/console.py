@@ -9,8 +9,8 @@ import typer
 from rich.console import Console
 
 WIDTH = None if sys.stdout.isatty() else 140  # a log file is read in a wide window
-out = Console(highlight=False, width=WIDTH)
-err = Console(stderr=True, highlight=False, width=WIDTH, soft_wrap=True)
+out = Console(highlight=False, emoji=False, width=WIDTH)
+err = Console(stderr=True, highlight=False, emoji=False, width=WIDTH, soft_wrap=True)
 
 HomeOption = Annotated[str | None, typer.Option("--home", help="where everything is kept; else RATCHET_HOME")]
 JsonOption = Annotated[bool, typer.Option("--json", help="for programs")]

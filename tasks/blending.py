@@ -173,7 +173,7 @@ def faults_of(mixture: Mixture) -> Iterator[str]:
         try:
             first = next(read_records(entry.source), None)
         except (ValueError, OSError) as error:
-            yield f"{name}: {error}"
+            yield str(error)
             continue
         if first is None:
             yield f"{name} has no rows; see `rows` and `limit` of the source"

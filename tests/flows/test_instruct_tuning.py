@@ -11,9 +11,12 @@ from typer.testing import CliRunner
 from flows.__main__ import app
 from flows.instruct_tuning import InstructTuning, instruct_tuning
 from flows.presets import Preset, PresetError
+from models.specs import ModelRef
 from storage.datasets import DatasetRef, read_rows
 from storage.experiments import Experiment
 from storage.rows import ChatPair, Comparison, Conversation
+from tasks.blending import Guard, blend
+from tasks.checking import faults
 from tasks.reporting import published_rows
 from tests.benchmark_documents import write_documents
 from tests.flows.builders import PRESETS, heard, stored
@@ -36,6 +39,38 @@ def run_plainly(*overrides: str) -> Experiment:
 @pytest.mark.parametrize("preset", sorted(FOLDER.glob("*.yaml")), ids=lambda path: path.stem)
 def test_presets_are_valid(preset: Path) -> None:
     assert config_of(preset).recipe == "instruct_tuning"
+
+
+@pytest.mark.parametrize(("name", "pairs"), [("phi2_apo", 1), ("phi2_dpo", 3)])
+def test_presets_of_the_seeds_read_their_data_sets_as_the_hub_has_them(
+    name: str, pairs: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # One row in each set's own layout. Weights are taken away, for one row may not be drawn.
+    turns = [{"role": "user", "content": "Hi?"}, {"role": "assistant", "content": "Yes."}]
+    other = [turns[0], {"role": "assistant", "content": "No."}]
+    both = {"prompt": "Hi?", "chosen": turns, "rejected": other}
+    sets: dict[str, dict[str, Any]] = {
+        "teknium/OpenHermes-2.5": {"conversations": [{"from": "human", "value": "1"}, {"from": "gpt", "value": "2"}]},
+        "ContextualAI/ultrafeedback_clair_32k": both,
+        "argilla/ultrafeedback-binarized-preferences-cleaned": both,
+        "argilla/distilabel-intel-orca-dpo-pairs": {
+            "system": "", "input": "3", "chosen": "4", "rejected": "5", "in_gsm8k_train": False
+        },
+        "argilla/distilabel-math-preference-dpo": {
+            "instruction": "6", "chosen_response": "7", "rejected_response": "8"
+        },
+    }  # fmt: skip
+    for hub, row in sets.items():
+        (tmp_path / hub).mkdir(parents=True)
+        (tmp_path / hub / "train.jsonl").write_text(json.dumps(row) + "\n")
+    monkeypatch.setenv("RATCHET_DATA", str(tmp_path))
+    config = config_of(FOLDER / f"{name}.yaml")
+    assert faults(config) == []
+    assert config.preference is not None
+    fake, nothing = ModelRef(name="fake:0.5"), Guard((), ())
+    for mixture, rows in ((config.conversations, 1), (config.preference.pairs, pairs)):
+        whole = tuple(source.model_copy(update={"weight": 1.0}) for source in mixture.sources)
+        assert blend(mixture.model_copy(update={"sources": whole}), nothing, fake).rows == rows
 
 
 def test_lora_on_the_head_is_an_error_with_its_line(tmp_path: Path) -> None:

@@ -113,7 +113,7 @@ def test_a_missing_file_and_an_unknown_kind_are_refused(tmp_path: Path) -> None:
         pytest.param({"path": "a", "answer_after": "####"}, "columns.answer is null", id="marker without column"),
         pytest.param({"path": "a", "rows": {"start": 3, "stop": 3}}, "leaves none", id="no rows"),
         pytest.param({"path": "a", "colums": {}}, "colums", id="misspelt"),
-        pytest.param({"arithmetic": {"problems": 1}, "columns": {"prompt": "q"}}, "do not apply", id="columns of arithmetic"),
+        pytest.param({"arithmetic": {"problems": 1}, "columns": {"prompt": "q"}}, "do not apply", id="foreign columns"),
     ],
 )
 def test_a_source_that_makes_no_sense_is_refused(fields: dict[str, object], message: str) -> None:
