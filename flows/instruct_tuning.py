@@ -131,7 +131,7 @@ def instruct_tuning(config: InstructTuning, *, advance: bool = False) -> ModelRe
     with experiment_run(config.experiment, config.model_dump(mode="json"), advance=advance) as experiment:
         held_out = load_held_out(config)
         mixtures = (config.conversations, *([config.preference.pairs] if config.preference else []))
-        guard = guard_against(mixtures)
+        guard = guard_against(mixtures, held_out or ())
         with iteration(0):
             base = measure(config, open_base(config), held_out)
             begin(experiment, base)

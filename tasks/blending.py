@@ -97,6 +97,7 @@ class Guard(NamedTuple):
 
     questions: tuple[DatasetRef, ...]  # Prompt rows, one data set a benchmark
     missing: tuple[str, ...]  # benchmarks that are not at hand, so that nothing could be kept apart from them
+    held_out: tuple[DatasetRef, ...] = ()  # Prompt rows of dev and test, of which no row may hold one
 
 
 def blend(mixture: Mixture, guard: Guard, policy: ModelRef) -> DatasetRef:
@@ -115,7 +116,8 @@ def blend(mixture: Mixture, guard: Guard, policy: ModelRef) -> DatasetRef:
             )
     counts_tokens = any(entry.filters.max_tokens is not None for entry in mixture.sources)
     missing = tuple(name for name in guard.missing if name in mixture.apart_from)
-    return mix_chats(mixture, mixture.content, guard.questions, missing, policy if counts_tokens else None)
+    counter = policy if counts_tokens else None
+    return mix_chats(mixture, mixture.content, guard.questions, guard.held_out, missing, counter)
 
 
 @step(version="1")
@@ -123,6 +125,7 @@ def mix_chats(
     mixture: Mixture,
     content: Content,
     questions: tuple[DatasetRef, ...],
+    held_out: tuple[DatasetRef, ...],
     unchecked: tuple[str, ...],
     policy: ModelRef | None,
 ) -> DatasetRef:
@@ -132,7 +135,8 @@ def mix_chats(
         ValueError: a source lacks a column, or none of its rows is left.
     """
     asked = ((row.source, row.prompt) for ref in questions for row in read_rows(ref, Prompt))
-    blending = _Blending(mixture, Questions(asked), token_counter(policy) if policy else None)
+    prompts = {_same(row.prompt) for ref in held_out for row in read_rows(ref, Prompt)}
+    blending = _Blending(mixture, Questions(asked), prompts, token_counter(policy) if policy else None)
     if content == "conversations":
         mixed = write_rows(
             blending.rows(content, rules.read_conversation), Conversation, step="conversations", settings=mixture.key()
@@ -145,7 +149,7 @@ def mix_chats(
     return mixed
 
 
-def guard_against(mixtures: tuple[Mixture, ...]) -> Guard:
+def guard_against(mixtures: tuple[Mixture, ...], held_out: tuple[DatasetRef, ...] = ()) -> Guard:
     """The questions of the benchmarks that the mixtures are kept apart from: local copies, else the hub's."""
     questions, missing = [], []
     for name in dict.fromkeys(name for mixture in mixtures for name in mixture.apart_from):
@@ -163,7 +167,7 @@ def guard_against(mixtures: tuple[Mixture, ...]) -> Guard:
                 places(known.hub, known.config),
                 error,
             )
-    return Guard(tuple(questions), tuple(missing))
+    return Guard(tuple(questions), tuple(missing), held_out)
 
 
 def faults_of(mixture: Mixture) -> Iterator[str]:
@@ -226,14 +230,22 @@ def token_counter(policy: ModelRef) -> Callable[[list[str], list[str]], int]:
     return count
 
 
+def _same(text: str) -> str:
+    return " ".join(text.split())
+
+
 class _Blending:
     """One pass over all sources, and what it leaves out."""
 
     def __init__(
-        self, mixture: Mixture, questions: Questions, count: Callable[[list[str], list[str]], int] | None
+        self,
+        mixture: Mixture,
+        questions: Questions,
+        held_out: set[str],
+        count: Callable[[list[str], list[str]], int] | None,
     ) -> None:
         self.drops: Counter[str] = Counter()
-        self._mixture, self._questions, self._count = mixture, questions, count
+        self._mixture, self._questions, self._held_out, self._count = mixture, questions, held_out, count
         self._seen: set[bytes] = set()
 
     def rows(
@@ -270,6 +282,8 @@ class _Blending:
             return NOT_DRAWN
         if identity in self._seen:
             return "stands there more than once"
+        if any(_same(text) in self._held_out for text in texts):
+            return "holds a prompt of dev or test"
         if benchmark := next(filter(None, map(self._questions.found_in, texts)), ""):
             return f"holds a question of {benchmark}"
         limit = entry.filters.max_tokens

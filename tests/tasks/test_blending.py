@@ -8,8 +8,8 @@ import pytest
 from pydantic import ValidationError
 
 from models.specs import ModelRef
-from storage.datasets import DatasetRef, read_rows
-from storage.rows import ChatPair, Conversation
+from storage.datasets import DatasetRef, read_rows, write_rows
+from storage.rows import ChatPair, Conversation, Prompt
 from tasks.blending import Guard, Mixture, PairMixture, blend, guard_against
 from tasks.contamination import Questions
 from tasks.licences import doubt_about
@@ -158,3 +158,13 @@ def test_a_question_of_fewer_words_than_a_run_is_looked_for_whole() -> None:
     assert questions.found_in("why is the sky red") == ""
     assert questions.found_in("Why so") == "s"
     assert questions.found_in("Why so late") == ""
+
+
+def test_prompts_of_dev_and_test_are_not_trained_on(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO")
+    prompt = Prompt(prompt_id="p", source="dev", prompt="2  + 2?", answer="4")
+    dev = write_rows([prompt], Prompt, step="prompts")
+    mixed = mixture(entry(jsonl(tmp_path / "a.jsonl", *asked("1 + 1?", "2 + 2?"))))
+    rows = conversations(blend(mixed, guard_against((mixed,), (dev,)), FAKE))
+    assert [row.contents[0] for row in rows] == ["1 + 1?"]
+    assert "'holds a prompt of dev or test': 1" in caplog.text

@@ -5,7 +5,7 @@ from typing import Literal
 import pytest
 
 from storage.rows import EvaluatedPrompt
-from tasks.promotion import Gate, decide
+from tasks.promotion import Gate, decide, hold_to_benchmarks
 from tests.tasks.builders import evaluated
 
 
@@ -71,3 +71,31 @@ def test_different_prompts_are_refused() -> None:
 def test_missing_strategy_or_repeated_prompt_is_refused(rows: list[EvaluatedPrompt]) -> None:
     with pytest.raises(ValueError, match=r"one 'mean@1' row a prompt of the candidate; found"):
         decide(rows, WEAK, Gate())
+
+
+@pytest.mark.parametrize(
+    ("after", "allowed", "promoted"),
+    [
+        pytest.param({"mmlu (5)": 4, "gsm8k (5)": 9}, 0.1, False, id="one of two fell by 20 points"),
+        pytest.param({"mmlu (5)": 5, "gsm8k (5)": 9}, 0.1, True, id="just what is allowed"),
+        pytest.param({"mmlu (5)": 7, "gsm8k (5)": 0}, 1.0, True, id="anything is allowed"),
+    ],
+)
+def test_a_drop_of_any_benchmark_turns_a_policy_down(after: dict[str, int], allowed: float, promoted: bool) -> None:
+    def documents(right: dict[str, int]) -> list[EvaluatedPrompt]:
+        return [evaluated(f"d{n}", float(n < count), name) for name, count in right.items() for n in range(10)]
+
+    decision = decide(STRONG, WEAK, Gate())
+    held = hold_to_benchmarks(decision, documents(after), documents({"mmlu (5)": 6, "gsm8k (5)": 5}), allowed)
+    assert held.promoted is promoted
+    assert held.difference == decision.difference
+    if not promoted:  # 6 of 10 before, 4 of 10 after
+        assert held.reason.startswith("Not promoted: mmlu (5) went from 60.0 % to 40.0 % of 10 documents, -20.0 points")
+        assert "Otherwise: mean@1 went from" in held.reason
+
+
+def test_a_policy_that_was_turned_down_anyway_stays_so() -> None:
+    same = [evaluated("d", 1.0, "mmlu (5)")]
+    assert not hold_to_benchmarks(decide(SLIGHTLY, WEAK, Gate()), same, same, 0.1).promoted
+    with pytest.raises(ValueError, match="use the same limits"):
+        hold_to_benchmarks(decide(STRONG, WEAK, Gate()), same, [evaluated("e", 1.0, "mmlu (5)")], 0.1)
