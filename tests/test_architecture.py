@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from flows.__main__ import RECIPES
 from flows.presets import Preset
+from flows.recipes import RECIPES
 from storage.datasets import DatasetRef
 from tasks.caching import STEPS, step
 from tasks.checking import faults
@@ -17,6 +17,7 @@ from tests.flows.builders import PRESETS, REPOSITORY
 
 ALL_PRESETS = sorted(PRESETS.glob("*/*.yaml"))
 NEED_GSM8K = [path for path in ALL_PRESETS if "hub: openai/gsm8k" in path.read_text()]
+NEED_OPENHERMES = [path for path in ALL_PRESETS if "hub: teknium/OpenHermes-2.5" in path.read_text()]
 NEED_ULTRACHAT = [path for path in ALL_PRESETS if "hub: HuggingFaceH4/ultrachat_200k" in path.read_text()]
 
 
@@ -69,6 +70,8 @@ def test_a_preset_has_no_fault_where_its_data_is(path: Path, monkeypatch: pytest
         monkeypatch.setenv("RATCHET_DATA", folder)
     if path in NEED_ULTRACHAT and not Path(os.environ.get("RATCHET_DATA", ""), "ultrachat_200k").is_dir():
         pytest.skip("UltraChat is not here; name the folder that holds it in RATCHET_DATA")
+    if path in NEED_OPENHERMES and not Path(os.environ.get("RATCHET_DATA", ""), "teknium", "OpenHermes-2.5").is_dir():
+        pytest.skip("OpenHermes and pairs are not here; name the folder that holds them in RATCHET_DATA")
     monkeypatch.chdir(REPOSITORY)
     module, config_class, _ = RECIPES[Preset(path).recipe]
     assert faults(Preset(path).config(getattr(importlib.import_module(module), config_class))) == []
