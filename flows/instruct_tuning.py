@@ -19,10 +19,11 @@ from storage.hub import Source
 from tasks.anchoring import choose_anchor, draw_pair_prompts, pair_with_own
 from tasks.benchmarking import evaluate_benchmark
 from tasks.benchmarks import Benchmarks
-from tasks.blending import Mixture, PairMixture, blend, guard_against
+from tasks.blending import Mixture, PairMixture, blend
 from tasks.checking import Read
 from tasks.comparing import compare_pairs
 from tasks.evaluating import Contender, Evaluation, HeldOut, assess
+from tasks.guarding import Guarded, guard_against
 from tasks.headlining import Gsm8kReading, evaluate_headlines
 from tasks.loading import load_demonstrations, load_prompts, open_folder
 from tasks.metrics import parse_strategy
@@ -98,6 +99,12 @@ class InstructTuning(Settings):
         return self
 
     @property
+    def kept_apart_from(self) -> tuple[Guarded, ...]:
+        """The benchmarks whose questions some of the rows may not hold."""
+        pairs = () if self.preference is None else self.preference.pairs.apart_from
+        return (*self.conversations.apart_from, *pairs)
+
+    @property
     def template(self) -> PromptTemplate:
         """How all policies are prompted."""
         return PromptTemplate(system=self.system)
@@ -130,8 +137,7 @@ def instruct_tuning(config: InstructTuning, *, advance: bool = False) -> ModelRe
     """
     with experiment_run(config.experiment, config.model_dump(mode="json"), advance=advance) as experiment:
         held_out = load_held_out(config)
-        mixtures = (config.conversations, *([config.preference.pairs] if config.preference else []))
-        guard = guard_against(mixtures, held_out or ())
+        guard = guard_against(config.kept_apart_from, held_out or ())
         with iteration(0):
             base = measure(config, open_base(config), held_out)
             begin(experiment, base)

@@ -5,32 +5,26 @@ import logging
 import random
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, ClassVar, Literal, NamedTuple, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 from pydantic import Field, model_validator
 
 from models import fake_engine
 from models.chat import load_tokenizer, render_conversation
 from models.specs import ModelRef, Settings
-from storage.benchmark_files import local_splits, places, read_split
 from storage.datasets import DatasetRef, read_rows, write_rows
-from storage.digests import file_sha256
 from storage.hub import Source, read_records, source_key, source_name
 from storage.rows import ChatPair, Conversation, Prompt
 from tasks import chats as rules
-from tasks.benchmarks import KNOWN
 from tasks.caching import log_counts, step
 from tasks.chats import ChatColumns, ChatFilter, Content, Origin
 from tasks.contamination import Questions
+from tasks.guarding import Guard, Guarded
 from tasks.licences import doubt_about
-from tasks.planning import current_plan
-from tasks.prompts import prompt_id
 from tasks.serving import local_model
 
 log = logging.getLogger("ratchet")
 ChatRow = TypeVar("ChatRow", Conversation, ChatPair)
-Guarded = Literal["truthfulqa_mc2", "gsm8k"]
-SPLITS: dict[Guarded, tuple[str, ...]] = {"gsm8k": ("train", "test"), "truthfulqa_mc2": ("validation",)}
 SHOWN = 200  # characters of a row that is quoted in the log
 
 
@@ -94,14 +88,6 @@ class PairMixture(Mixture):
     content: ClassVar[Content] = "pairs"
 
 
-class Guard(NamedTuple):
-    """What rows are kept apart from."""
-
-    questions: tuple[DatasetRef, ...]  # Prompt rows, one data set a benchmark
-    missing: tuple[str, ...]  # benchmarks that are not at hand, so that nothing could be kept apart from them
-    held_out: tuple[DatasetRef, ...] = ()  # Prompt rows of dev and test, of which no row may hold one
-
-
 def blend(mixture: Mixture, guard: Guard, policy: ModelRef) -> DatasetRef:
     """Conversation or ChatPair rows of all sources, by the kind of mixture.
 
@@ -119,7 +105,8 @@ def blend(mixture: Mixture, guard: Guard, policy: ModelRef) -> DatasetRef:
     counts_tokens = any(entry.filters.max_tokens is not None for entry in mixture.sources)
     missing = tuple(name for name in guard.missing if name in mixture.apart_from)
     counter = policy if counts_tokens else None
-    return mix_chats(mixture, mixture.content, guard.questions, guard.held_out, missing, counter)
+    questions = tuple(guard.questions[name] for name in mixture.apart_from if name in guard.questions)
+    return mix_chats(mixture, mixture.content, questions, guard.held_out, missing, counter)
 
 
 @step(version="1")
@@ -151,27 +138,6 @@ def mix_chats(
     return mixed
 
 
-def guard_against(mixtures: tuple[Mixture, ...], held_out: tuple[DatasetRef, ...] = ()) -> Guard:
-    """The questions of the benchmarks that the mixtures are kept apart from: local copies, else the hub's."""
-    questions, missing = [], []
-    for name in dict.fromkeys(name for mixture in mixtures for name in mixture.apart_from):
-        known = KNOWN[name]
-        files = local_splits(known.hub, known.config, config_optional=True)
-        if files or current_plan() is not None or not (fault := _fault_of_hub(name)):
-            digests = tuple(f"{split} {file_sha256(file)}" for split, file in sorted(files.items()))
-            questions.append(load_questions(name, digests))
-            continue
-        missing.append(name)
-        log.warning(
-            "OVERLAP NOT CHECKED: %s is not at hand, so rows that hold its questions stay in the training data and "
-            "its figures cannot be trusted; put its splits at %s and name that folder in RATCHET_DATA (%s)",
-            name,
-            places(known.hub, known.config),
-            fault,
-        )
-    return Guard(tuple(questions), tuple(missing), held_out)
-
-
 def faults_of(mixture: Mixture) -> Iterator[str]:
     """What is wrong with the sources of a mixture, found by reading the first row of each."""
     for entry in mixture.sources:
@@ -196,39 +162,6 @@ def first_prompt(mixture: Mixture) -> str:
         if not isinstance(row, str):
             return row.contents[row.roles.index("user")]
     raise ValueError(f"{source_name(entry.source)} has no sound row")
-
-
-@step(version="1")
-def load_questions(benchmark: Guarded, files: tuple[str, ...]) -> DatasetRef:
-    """The questions of all splits of a benchmark, as prompts.
-
-    Args:
-        files: name and digest of each local split; none: the hub is asked.
-    """
-    known = KNOWN[benchmark]
-    if files:
-        splits = local_splits(known.hub, known.config, config_optional=True)
-        records: Iterator[Mapping[str, Any]] = (row for file in splits.values() for row in read_split(file))
-    else:
-        records = (row for source in _on_hub(benchmark) for _, row in read_records(source))
-    texts = dict.fromkeys(str(row["question"]) for row in records)
-    rows = (Prompt(prompt_id=prompt_id(benchmark, one), source=benchmark, prompt=one, answer=None) for one in texts)
-    return write_rows(rows, Prompt, step="benchmark_questions", settings={"benchmark": benchmark})
-
-
-def _on_hub(benchmark: Guarded) -> list[Source]:
-    known = KNOWN[benchmark]
-    return [Source(hub=known.hub, config=known.config, split=name) for name in SPLITS[benchmark]]
-
-
-def _fault_of_hub(benchmark: Guarded) -> str:
-    """Why the hub does not give a benchmark; empty: it does, and what it gave is kept by its library."""
-    try:
-        for source in _on_hub(benchmark):
-            next(read_records(source), None)
-    except (ConnectionError, ValueError) as error:
-        return str(error)
-    return ""
 
 
 def token_counter(policy: ModelRef) -> Callable[[list[str], list[str]], int]:

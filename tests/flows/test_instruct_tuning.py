@@ -15,8 +15,9 @@ from models.specs import ModelRef
 from storage.datasets import DatasetRef, read_rows
 from storage.experiments import Experiment
 from storage.rows import ChatPair, Comparison, Conversation
-from tasks.blending import Guard, blend
+from tasks.blending import blend
 from tasks.checking import faults
+from tasks.guarding import Guard
 from tasks.reporting import published_rows
 from tests.benchmark_documents import write_documents
 from tests.flows.builders import PRESETS, heard, stored
@@ -67,7 +68,7 @@ def test_presets_of_the_seeds_read_their_data_sets_as_the_hub_has_them(
     config = config_of(FOLDER / f"{name}.yaml")
     assert faults(config) == []
     assert config.preference is not None
-    fake, nothing = ModelRef(name="fake:0.5"), Guard((), ())
+    fake, nothing = ModelRef(name="fake:0.5"), Guard({}, ())
     for mixture, rows in ((config.conversations, 1), (config.preference.pairs, pairs)):
         whole = tuple(source.model_copy(update={"weight": 1.0}) for source in mixture.sources)
         assert blend(mixture.model_copy(update={"sources": whole}), nothing, fake).rows == rows

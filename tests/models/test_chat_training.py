@@ -191,3 +191,28 @@ def test_pairs_of_chats_are_learnt_from_where_the_reference_stands(
     fit_preferences(job)
     assert first_loss(job) == pytest.approx(at_the_start, abs=1e-4)
     assert (tmp_path / "p" / "model.safetensors").is_file()
+
+
+def test_vllm_serves_the_merged_folder_and_stops_at_the_new_end_of_turn(start: Path, tmp_path: Path) -> None:
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from models.chat import render_prompt
+    from models.engine import LocalModel, Request
+    from models.specs import VLLM, ModelRef, Sampling
+    from models.vllm_engine import VLLMEngine
+
+    lora = LoRA(rank=8, alpha=16, dropout=0.0, target_modules=("q_proj", "k_proj", "v_proj", "dense", "fc1", "fc2"))
+    job = sft_job(start, tmp_path, chat_tokens=TOKENS, lora=lora, epochs=60, learning_rate=1e-2, packing=True)
+    fit_sft(job)
+    question = ({"role": "system", "content": "Be short."}, {"role": "user", "content": "3 books and 3 more?"})
+    local = LocalModel(ref=ModelRef(name="merged"), weights=str(job.output), adapter=None)
+    with VLLMEngine(VLLM(max_model_len=96, max_num_seqs=8, dtype="float32")) as engine:
+        engine.use(local)
+        greedy = Sampling(temperature=0, max_completion_tokens=12)
+        (drawn,) = engine.sample([Request(key="k", messages=question, seed=0)], greedy)
+    tokenizer, merged = load_tokenizer(str(job.output), None, False), AutoModelForCausalLM.from_pretrained(job.output)
+    prompt = torch.tensor([render_prompt(tokenizer, question)])
+    written = merged.generate(prompt, max_new_tokens=12, do_sample=False, attention_mask=torch.ones_like(prompt))
+    assert drawn.text == tokenizer.decode(written[0, prompt.shape[1] :], skip_special_tokens=True)
+    assert drawn.finish_reason == "stop"  # at <|im_end|>, whose embedding and head were random before

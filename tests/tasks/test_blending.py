@@ -10,12 +10,13 @@ from pydantic import ValidationError
 from models.specs import ModelRef
 from storage.datasets import DatasetRef, read_rows, write_rows
 from storage.rows import ChatPair, Conversation, Prompt
-from tasks.blending import Guard, Mixture, PairMixture, blend, guard_against
+from tasks.blending import Mixture, PairMixture, blend
 from tasks.contamination import Questions
+from tasks.guarding import Guard, guard_against
 from tasks.licences import doubt_about
 
 FAKE = ModelRef(name="fake:0.5")
-NOTHING = Guard((), ())
+NOTHING = Guard({}, ())
 LONG = "If a train leaves the old station at nine and rides for three hours how far does it get in all"
 
 
@@ -130,8 +131,11 @@ def test_rows_with_a_benchmarks_question_are_dropped(
     part = LONG.split()[2:15]  # thirteen words of it
     prompts = ("1", f"Please: {' '.join(part)}, ok", f"Please: {' '.join(part[:12])}, ok", "Say: what do DOGS dream of")
     mixed = mixture(entry(jsonl(tmp_path / "a.jsonl", *asked(*prompts))), apart_from=["gsm8k", "truthfulqa_mc2"])
-    rows = conversations(blend(mixed, guard_against((mixed,)), FAKE))
+    guard = guard_against(mixed.apart_from)
+    rows = conversations(blend(mixed, guard, FAKE))
     assert [row.contents[0] for row in rows] == [prompts[0], prompts[2]]
+    free = mixed.model_copy(update={"apart_from": ()})  # another mixture's benchmarks are none of its business
+    assert blend(free, guard, FAKE).rows == 4
     assert "'holds a question of gsm8k': 1, 'holds a question of truthfulqa_mc2': 1" in caplog.text
 
 
@@ -145,7 +149,7 @@ def test_a_benchmark_that_is_not_at_hand_is_told_loudly_and_counted(
     caplog.set_level("INFO")
     monkeypatch.setenv("RATCHET_DATA", str(tmp_path))
     mixed = mixture(entry(jsonl(tmp_path / "a.jsonl", *asked("1", "2"))), apart_from=["gsm8k"])
-    guard = guard_against((mixed,))
+    guard = guard_against(mixed.apart_from)
     assert guard.missing == ("gsm8k",)
     assert "OVERLAP NOT CHECKED: gsm8k is not at hand" in caplog.text
     blend(mixed, guard, FAKE)
@@ -165,6 +169,6 @@ def test_prompts_of_dev_and_test_are_not_trained_on(tmp_path: Path, caplog: pyte
     prompt = Prompt(prompt_id="p", source="dev", prompt="2  + 2?", answer="4")
     dev = write_rows([prompt], Prompt, step="prompts")
     mixed = mixture(entry(jsonl(tmp_path / "a.jsonl", *asked("1 + 1?", "2 + 2?"))))
-    rows = conversations(blend(mixed, guard_against((mixed,), (dev,)), FAKE))
+    rows = conversations(blend(mixed, guard_against((), (dev,)), FAKE))
     assert [row.contents[0] for row in rows] == ["1 + 1?"]
     assert "'holds a prompt of dev or test': 1" in caplog.text
