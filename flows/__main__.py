@@ -29,8 +29,9 @@ from storage.experiments import Experiment
 RECIPES = {
     "rest_em": ("flows.rest_em", "RestEM", "rest_em"),
     "generator_evaluator": ("flows.generator_evaluator", "GeneratorEvaluator", "generator_evaluator"),
+    "autoif": ("flows.autoif", "AutoIF", "autoif"),
 }
-COMING = ("spin", "autoif", "instruct_tuning")
+COMING = ("spin", "instruct_tuning")
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__)
 

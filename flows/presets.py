@@ -8,7 +8,14 @@ from typing import Any, TypeVar
 import yaml
 from pydantic import BaseModel, ValidationError
 
-BRANCHES = {"vllm", "openai", "fake", "tiny", "model"}  # of our unions; part of pydantic's locations, not of the file
+BRANCHES = {
+    "vllm",
+    "openai",
+    "fake",
+    "scripted",
+    "tiny",
+    "model",
+}  # of our unions; part of pydantic's locations, not of the file
 UNIONS = {"engine", "base"}  # the sections that are unions
 C = TypeVar("C", bound=BaseModel)
 Lines = dict[tuple[str | int, ...], int]

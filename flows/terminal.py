@@ -64,7 +64,8 @@ class Lines:
         if record.step == "gather_rollouts" and self._task is not None:
             self._bar.remove_task(self._task)
             self._task = None
-        where = f"{'' if record.iteration is None else f'it{record.iteration}':<4}{record.split or '':<5}"
+        split = f"{record.split} " if record.split else ""
+        where = f"{'' if record.iteration is None else f'it{record.iteration}':<4}{split:<5}"
         name = record.step + (f" shard {record.shard}" if record.shard is not None else "")
         self._console.print(f"{where}{name:<22}{_how(record)}", markup=False, style=_style(record))
 

@@ -14,6 +14,7 @@ from storage.experiments import Experiment, IterationRecord
 from storage.rows import Calibration, ScoredRollout, TrainingMetric
 from tasks.observing import publish_markdown
 from tasks.planning import current_plan
+from tasks.yields import yields
 
 SAMPLES_OF_A_KIND = 2
 KINDS = {1.0: "right", 0.0: "wrong", None: "undecided"}
@@ -112,6 +113,7 @@ def render(experiment: Experiment) -> str:
         accuracy_plot=_accuracy_plot(iterations),
         loss_plot=_loss_plot(iterations),
         published=published_rows(config, iterations),
+        yields=yields(config, experiment.steps(run=experiment.state().run)),
         calibrations=[(record.label, table) for record in iterations if (table := _calibrations(record))],
         samples=[sample for record in iterations for sample in _samples(record)],
         steps=experiment.steps(run=experiment.state().run),

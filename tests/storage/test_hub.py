@@ -107,7 +107,7 @@ def test_a_missing_file_and_an_unknown_kind_are_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        pytest.param({}, "exactly one of hub, path and arithmetic", id="none"),
+        pytest.param({}, "exactly one of hub, path, arithmetic, formats", id="none"),
         pytest.param({"hub": "a", "path": "b"}, "found .'hub', 'path'.", id="two"),
         pytest.param({"path": "a", "revision": "main"}, "belong to a hub source", id="revision of a file"),
         pytest.param({"path": "a", "answer_after": "####"}, "columns.answer is null", id="marker without column"),
