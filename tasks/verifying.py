@@ -234,7 +234,7 @@ def _kept(checked: DatasetRef) -> dict[str, list[CheckedVerifier]]:
 def _verification(instance: Instance, one: Drawn, verifier: CheckedVerifier, verdict: Verdict) -> Verification:
     return Verification(
         prompt_id=instance.prompt_id,
-        rollout_index=one.index,
+        rollout_index=one.rollout_index,
         verifier_id=verifier.verifier_id,
         outcome=verdict.outcome,
         detail=verdict.detail,

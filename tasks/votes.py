@@ -63,7 +63,7 @@ class Drawn(NamedTuple):
     """A completion of an instance, and whether a verifier's source stood in its prompt."""
 
     rollout: Rollout
-    index: int  # among all completions of the instance
+    rollout_index: int  # among all completions of the instance
     shown: bool
 
 
@@ -141,7 +141,7 @@ def score_instance(
     Args:
         outcomes: by the index of the first completion of each text.
     """
-    first = {same_text(one.rollout.completion): one.index for one in distinct(drawn)}
+    first = {same_text(one.rollout.completion): one.rollout_index for one in distinct(drawn)}
     rows = []
     for one in drawn:
         rollout, fault = one.rollout, undecidable(one.rollout)
@@ -150,7 +150,7 @@ def score_instance(
         rows.append(
             ScoredRollout(
                 prompt_id=instance.prompt_id,
-                rollout_index=one.index,
+                rollout_index=one.rollout_index,
                 prompt=instance.prompt,
                 completion=rollout.completion,
                 completion_tokens=rollout.completion_tokens,
