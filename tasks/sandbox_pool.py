@@ -1,0 +1,296 @@
+"""The sandbox's child programs, kept warm: started at the strongest level that holds, watched, and replaced when lost."""
+
+import contextlib
+import json
+import logging
+import os
+import subprocess
+import sys
+import tempfile
+import threading
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from tasks.sandbox_calls import OUTCOMES
+from tasks.sandbox_selftest import ATTACKS, CANARY, CANARY_OUTCOMES, CANARY_RESPONSES
+
+PROGRAM = Path(__file__).with_name("sandbox_zygote.py")
+ALL_LAYERS = ("namespaces", "landlock", "seccomp")
+ATTEMPTS: tuple[tuple[str, ...], ...] = (ALL_LAYERS, ("landlock", "seccomp"), ("seccomp",))
+UNSANDBOXED = "none"
+START_SECONDS = 60.0  # for a child program to be ready, on a busy machine
+GRACE_SECONDS = 30.0  # a child program keeps to the limits itself; when it did not answer so long after, it is lost
+BATCHES_PER_WORKER = 2_000  # after so many a worker is replaced, so that what its memory gained is given back
+TEST_LIMITS = {"cpu_seconds": 0.3, "wall_seconds": 2.0, "verifier_seconds": 5.0, "memory_mb": 256, "detail_length": 160}
+
+Request = tuple[str, Sequence[str]]  # the source of a verifier, and responses
+Answer = tuple[str, str]  # outcome and detail
+
+log = logging.getLogger("ratchet")
+
+
+class SandboxError(RuntimeError):
+    """The sandbox itself cannot be had, or broke. No verifier is to blame."""
+
+
+class WorkerLost(Exception):
+    """A child program ended, was late, or said what it must not."""
+
+
+class Setup(NamedTuple):
+    """What a child program starts with."""
+
+    preload: tuple[str, ...] = ()
+    required: tuple[str, ...] = ("seccomp",)
+
+
+class Worker:
+    """One child program.
+
+    Raises:
+        WorkerLost: it did not start.
+    """
+
+    def __init__(self, layers: Sequence[str], preload: Sequence[str]) -> None:
+        # -P, -s, -S and an environment of ours isolate like -I, which would ignore PYTHONHASHSEED: with it, a verifier
+        # that depends on the order of a set gives the same verdict today and tomorrow.
+        command = [sys.executable, "-P", "-s", "-S", "-B", "-X", "utf8", str(PROGRAM)]
+        environment = {"LC_ALL": "C.UTF-8", "TZ": "UTC0", "PYTHONHASHSEED": "0", "OPENBLAS_NUM_THREADS": "1"}
+        self._errors = tempfile.TemporaryFile()  # noqa: SIM115 - closed with the worker
+        self._process = subprocess.Popen(
+            command,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self._errors,
+            env=environment,
+            cwd="/",
+            start_new_session=True,  # Ctrl-C is for us
+        )
+        self.batches = 0
+        path = [folder for folder in sys.path if folder] if preload else []
+        try:
+            hello = self._exchange({"layers": list(layers), "preload": list(preload), "path": path}, START_SECONDS)
+            if not isinstance(hello, dict) or "error" in hello:
+                raise WorkerLost(str(hello.get("error") if isinstance(hello, dict) else hello))
+        except WorkerLost:
+            self.close()
+            raise
+        self.layers: tuple[str, ...] = tuple(hello["layers"])
+        self.missing: dict[str, str] = hello["missing"]
+
+    def ask(self, requests: Sequence[Request], limits: dict[str, Any]) -> list[list[Answer]]:
+        """The answers to each request.
+
+        Raises:
+            WorkerLost: there are none.
+        """
+        seconds = limits["verifier_seconds"] * len(requests) + GRACE_SECONDS
+        tasks = [(source, list(responses)) for source, responses in requests]
+        self.batches += 1
+        found = self._exchange({"tasks": tasks, "limits": limits}, seconds)
+        try:
+            answers = [[(OUTCOMES[code], str(detail)) for code, detail in row] for row in found]
+        except (TypeError, ValueError, IndexError) as error:
+            raise WorkerLost(f"its answer has another shape: {error}") from error
+        if [len(row) for row in answers] != [len(responses) for _, responses in requests]:
+            raise WorkerLost("its answer has another length")
+        return answers
+
+    def close(self) -> None:
+        """End it, at once."""
+        self._process.kill()
+        self._process.wait()
+        for stream in (self._process.stdin, self._process.stdout, self._errors):
+            if stream is not None:
+                with contextlib.suppress(OSError, ValueError):
+                    stream.close()
+
+    def _exchange(self, message: object, seconds: float) -> Any:  # JSON
+        stdin, stdout = self._process.stdin, self._process.stdout
+        assert stdin is not None and stdout is not None
+        body = json.dumps(message).encode("ascii")
+        alarm = threading.Timer(seconds, self._process.kill)
+        alarm.daemon = True
+        alarm.start()
+        try:
+            stdin.write(len(body).to_bytes(8, "big") + body)
+            stdin.flush()
+            size = stdout.read(8)
+            answer = stdout.read(int.from_bytes(size, "big")) if len(size) == 8 else b""
+            return json.loads(answer)
+        except (OSError, ValueError) as error:
+            raise WorkerLost(f"no answer: {error}; {self._last_words()}") from error
+        finally:
+            alarm.cancel()
+
+    def _last_words(self) -> str:
+        with contextlib.suppress(OSError, ValueError):
+            self._errors.seek(0)
+            return self._errors.read()[-500:].decode("utf-8", "replace").strip() or "it left no message"
+        return "it left no message"
+
+
+class Pool:
+    """Workers of one level, as many as are in use at a time.
+
+    Args:
+        attempts: layers to try together, strongest first; a last empty one means no sandbox at all.
+    Raises:
+        SandboxError: none of the attempts held the attacks of the self-test.
+    """
+
+    def __init__(self, setup: Setup, attempts: Sequence[tuple[str, ...]] = ATTEMPTS) -> None:
+        self._setup = setup
+        self._idle: list[Worker] = []
+        self._busy: set[Worker] = set()
+        self._lock = threading.Lock()
+        self._closed = False
+        self.replaced = 0  # workers lost or found spoilt
+        self.layers, first = self._strongest(attempts)
+        self._idle.append(first)
+
+    @property
+    def level(self) -> str:
+        """What stands between a verifier and this machine, as stored in rows."""
+        return "+".join(self.layers) or UNSANDBOXED
+
+    def run(self, requests: Sequence[Request], limits: dict[str, Any]) -> list[list[Answer]]:
+        """Answers to each request. What was under way when a worker was lost is done again, one by one.
+
+        Raises:
+            SandboxError: workers are lost, or the canary fails, whatever they run.
+        """
+        try:
+            return self._attempt(requests, limits)
+        except WorkerLost as error:
+            log.warning("sandbox: a worker was replaced while it ran %d verifiers: %s", len(requests), error)
+        alone = {**limits, "share": 1}
+        return [self._alone(request, alone) for request in requests]
+
+    def close(self) -> None:
+        """End all workers, the busy ones too."""
+        with self._lock:
+            self._closed = True
+            workers = [*self._idle, *self._busy]
+            self._idle.clear()
+        for worker in workers:
+            worker.close()
+
+    def _alone(self, request: Request, limits: dict[str, Any]) -> list[Answer]:
+        try:
+            return self._attempt([request], limits)[0]
+        except WorkerLost as error:
+            reason = str(error)
+        try:
+            self._attempt([], limits)
+        except WorkerLost as error:
+            raise SandboxError(
+                f"the sandbox ({self.level}) lost a worker that ran nothing but a verifier with a known verdict: {error}; "
+                "look for a shortage of memory or processes on this machine, then run again"
+            ) from error
+        return [("error", f"the sandbox was lost twice on this verifier: {reason}"[: limits["detail_length"]])] * len(
+            request[1]
+        )
+
+    def _attempt(self, requests: Sequence[Request], limits: dict[str, Any]) -> list[list[Answer]]:
+        worker = self._take()
+        try:
+            answers = worker.ask([*requests, (CANARY, CANARY_RESPONSES)], limits)
+            if tuple(outcome for outcome, _ in answers[-1]) != CANARY_OUTCOMES:
+                raise WorkerLost(f"the verifier with a known verdict gave {answers[-1]}")
+        except BaseException:
+            self._discard(worker)
+            raise
+        self._give_back(worker)
+        return answers[:-1]
+
+    def _take(self) -> Worker:
+        with self._lock:
+            if self._closed:
+                raise SandboxError("the sandbox was closed while verifiers were still to be run")
+            worker = self._idle.pop() if self._idle else None
+        if worker is None:
+            worker = Worker(self.layers, self._setup.preload)
+            if worker.layers != self.layers:
+                worker.close()
+                raise WorkerLost(f"it came up with {worker.layers}, not {self.layers}: {worker.missing}")
+        with self._lock:
+            self._busy.add(worker)
+        return worker
+
+    def _give_back(self, worker: Worker) -> None:
+        with self._lock:
+            self._busy.discard(worker)
+            kept = worker.batches < BATCHES_PER_WORKER and len(self._idle) < cores() and not self._closed
+            if kept:
+                self._idle.append(worker)
+        if not kept:
+            worker.close()
+
+    def _discard(self, worker: Worker) -> None:
+        with self._lock:
+            self._busy.discard(worker)
+            self.replaced += 1
+        worker.close()
+
+    def _strongest(self, attempts: Sequence[tuple[str, ...]]) -> tuple[tuple[str, ...], Worker]:
+        faults: list[str] = []
+        for wanted in attempts:
+            told = "+".join(wanted) or UNSANDBOXED
+            try:
+                worker = Worker(wanted, self._setup.preload)
+            except WorkerLost as error:
+                faults.append(f"{told}: the child program did not start: {error}")
+                continue
+            fault = self._lacking(worker) or (_self_test(worker) if wanted else None)
+            if fault is None or not wanted:
+                _tell_level(worker, faults)
+                return worker.layers, worker
+            worker.close()
+            faults.append(f"{told}: {fault}")
+        reasons = "\n".join(f"  {fault}" for fault in faults)
+        raise SandboxError(
+            f"no sandbox for generated code on this machine; tried\n{reasons}\n"
+            "Run on Linux (x86_64) where seccomp is allowed - a container needs no more than Docker's default profile - "
+            "or, if you trust whoever writes the verifiers with all that this user may do, pass --allow-unsandboxed."
+        )
+
+    def _lacking(self, worker: Worker) -> str | None:
+        lacking = [layer for layer in self._setup.required if layer not in worker.layers]
+        if not lacking:
+            return None
+        told = "; ".join(f"{layer}: {reason}" for layer, reason in worker.missing.items()) or "not asked for"
+        return f"{', '.join(lacking)} required, but missing ({told})"
+
+
+def cores() -> int:
+    """Processors this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _self_test(worker: Worker) -> str | None:
+    """What the worker failed to hold, or None."""
+    with tempfile.NamedTemporaryFile(prefix="ratchet-sandbox-", suffix=".txt") as secret:
+        requests = [(attack.source, (secret.name,)) for attack in ATTACKS]
+        try:
+            answers = worker.ask([*requests, (CANARY, CANARY_RESPONSES)], {**TEST_LIMITS, "share": 1})
+        except WorkerLost as error:
+            return f"lost in its self-test: {error}"
+    for attack, [(outcome, detail)] in zip(ATTACKS, answers[:-1], strict=True):
+        if outcome not in attack.held:
+            return f"did not hold {attack.name}: {outcome} {detail}"
+    if tuple(outcome for outcome, _ in answers[-1]) != CANARY_OUTCOMES:
+        return f"an honest verifier came out wrong: {answers[-1]}"
+    return None
+
+
+def _tell_level(worker: Worker, faults: Sequence[str]) -> None:
+    if not worker.layers:
+        log.warning(
+            "GENERATED CODE RUNS UNSANDBOXED, as allowed by name: it can do all that this user can. Tried:\n%s",
+            "\n".join(faults),
+        )
+    elif lacking := [layer for layer in ALL_LAYERS if layer not in worker.layers]:
+        told = "; ".join([*faults, *(f"{layer}: {reason}" for layer, reason in worker.missing.items())])
+        log.warning("sandbox: %s; without %s (%s)", "+".join(worker.layers), ", ".join(lacking), told)
