@@ -29,7 +29,7 @@ from tasks.promotion import Gate
 from tasks.recording import each_iteration, experiment_run, iteration, split
 from tasks.reporting import publish_report
 from tasks.sampling import sample_rollouts, shard_threads
-from tasks.sandbox import Limits
+from tasks.sandbox import Limits, SandboxError, isolation
 from tasks.serving import give_back_accelerator
 from tasks.supervising import (
     Queries,
@@ -63,6 +63,9 @@ Base = Annotated[
 ]
 
 
+SUPERVISED = ("supervisor", "proposing", "verifiers", "cases", "back_translation", "judge")  # asked of the supervisor
+
+
 class AutoIF(Settings):
     """One AutoIF experiment. Defaults are seed 4's (METHODS 5.2)."""
 
@@ -89,13 +92,20 @@ class AutoIF(Settings):
     voting: Voting = Voting()
     judge: Relevance | None = None
     pairing: Pairing = Pairing()
-    preference: Preference
+    dpo: tuple[Preference, ...] = Field(min_length=1)  # each trains the sampled policy on the same pairs
     iterations: int = Field(default=1, ge=1)  # each samples the policy that stands
     evaluation: Evaluation
     gate: Gate = Gate()
     published: dict[str, dict[str, float | None]] | None = None  # policy -> strategy -> percent, shown beside ours
     published_yields: dict[str, dict[str, float | None]] | None = None  # whose -> stage -> rows
     seed: int = Field(default=0, ge=0)
+
+    @model_validator(mode="after")
+    def _each_policy_has_a_label_of_its_own(self) -> "AutoIF":
+        labels = [self.label_of(number) for number in range(1, len(self.dpo) + 1)]
+        if len(set(labels)) < len(labels):
+            raise ValueError(f"dpo holds entries that the report could not tell apart: {labels}; give other betas")
+        return self
 
     @model_validator(mode="after")
     def _can_be_measured(self) -> "AutoIF":
@@ -120,11 +130,29 @@ class AutoIF(Settings):
         ref = None if isinstance(self.base, TinyBase) else self.base
         return {"policy, before the instruction": (ref, self.template)}
 
+    def label_of(self, number: int) -> str:
+        """What a policy is called in the report, by the number of its iteration."""
+        iteration, place = divmod(number - 1, len(self.dpo))
+        preference = self.dpo[place]
+        nll = ", NLL" if "sft" in preference.loss_type else ""
+        again = f", iteration {iteration + 1}" if self.iterations > 1 else ""
+        return f"DPO, beta {preference.beta:g}{nll}{again}"
+
+    def engine_of(self, name: str) -> EngineSettings:
+        """The engine that the setting of this dotted name is for: the policy's or the supervisor's."""
+        if self.supervisor is not None and name.partition(".")[0] in SUPERVISED:
+            return self.supervisor.engine
+        return self.engine
+
     def faults(self) -> list[str]:
         """What only this recipe can find wrong before it starts."""
         found = []
         if self.supervisor is None and isinstance(self.base, TinyBase):
             found.append("supervisor: a tiny base cannot write verifiers; name a supervisor")
+        try:
+            isolation(self.limits)
+        except SandboxError as error:
+            found.append(f"limits: {error}")
         return found
 
 
@@ -163,17 +191,21 @@ def autoif(config: AutoIF) -> ModelRef:
         with iteration(0):
             incumbent = assess(config, base, trusted, held_out)
             begin(experiment, incumbent)
-        for number in each_iteration(range(1, config.iterations + 1)):
-            sampling = config.completing.sampling.for_iteration(number)
-            completions = complete(config, incumbent.policy, trusted, instances, sampling)  # N a query and instruction
-            verified = verify_rollouts(instances, trusted.checked, *completions, config.limits)
-            scored = score_by_votes(instances, *completions, verified, config.voting)  # pass rates
-            if config.judge is not None:
-                scored = judge(config, config.judge, supervisor, scored, instances)
-            pairs = pair_rollouts(scored, config.pairing, number)  # the shorter list is cycled
-            policy = train_preferences(incumbent.policy, (pairs,), config.template, config.preference)
-            challenger = assess(config, policy, trusted, held_out)
-            incumbent = promote(experiment, f"iteration {number}", challenger, incumbent, config.gate, scored=scored)
+        for first in range(1, config.iterations * len(config.dpo) + 1, len(config.dpo)):
+            sampled = incumbent.policy
+            with iteration(first):
+                sampling = config.completing.sampling.for_iteration(first)
+                completions = complete(config, sampled, trusted, instances, sampling)  # N a query and instruction
+                verified = verify_rollouts(instances, trusted.checked, *completions, config.limits)
+                scored = score_by_votes(instances, *completions, verified, config.voting)  # pass rates
+                if config.judge is not None:
+                    scored = judge(config, config.judge, supervisor, scored, instances)
+                pairs = pair_rollouts(scored, config.pairing, first)  # the shorter list is cycled
+            for number in each_iteration(range(first, first + len(config.dpo))):
+                policy = train_preferences(sampled, (pairs,), config.template, config.dpo[number - first])
+                challenger = assess(config, policy, trusted, held_out)
+                label = config.label_of(number)
+                incumbent = promote(experiment, label, challenger, incumbent, config.gate, scored=scored)
     publish_report(experiment)
     return incumbent.policy
 

@@ -57,7 +57,10 @@ class Checkable(Protocol):
 
 @runtime_checkable
 class ChecksItself(Protocol):
-    """A config that knows of faults of its own."""
+    """A config with more than one engine, and faults of its own."""
+
+    def engine_of(self, name: str) -> EngineSettings:
+        """The engine that the setting of this dotted name is for."""
 
     def faults(self) -> list[str]:
         """Every fault, in words, that only this recipe can have."""
@@ -68,7 +71,7 @@ def faults(config: Checkable) -> list[str]:
     found = list(_home_faults())
     found += _source_faults(config)
     for name, model in _parts(config, ModelRef):
-        found += _model_faults(name, model, _engine_beside(config, name))
+        found += _model_faults(name, model, _engine_of(config, name))
     if isinstance(config, ChecksItself):
         found += config.faults()
     if isinstance(config.engine, OpenAI):
@@ -79,7 +82,7 @@ def faults(config: Checkable) -> list[str]:
     if isinstance(config.engine, Scripted):
         found.append("engine.kind is 'scripted', but a script cannot be trained; it can serve as a supervisor")
     for name, sampling in _parts(config, Sampling):
-        engine = _engine_beside(config, name)
+        engine = _engine_of(config, name)
         if isinstance(engine, VLLM):
             found += _length_faults(name, sampling, engine.max_model_len)
     found += [fault for name, one in _parts(config, Optimization) for fault in _training_faults(name, one)]
@@ -151,14 +154,8 @@ def _row_faults(read: Read, marker: str, owners: dict[str, str]) -> Iterator[str
         yield f"{read.name}: the source has no rows; see {read.name}.rows and {read.name}.limit"
 
 
-def _engine_beside(config: Any, name: str) -> EngineSettings:
-    """The engine of the innermost section with one that the setting of this dotted name is in."""
-    engine, section = config.engine, config
-    for part in name.split("."):
-        section = getattr(section, part.partition("[")[0], None)
-        engine = getattr(section, "engine", engine)
-    found: EngineSettings = engine
-    return found
+def _engine_of(config: Checkable, name: str) -> EngineSettings:
+    return config.engine_of(name) if isinstance(config, ChecksItself) else config.engine
 
 
 def _model_faults(name: str, ref: ModelRef, engine: EngineSettings) -> Iterator[str]:

@@ -19,7 +19,8 @@ from tasks.instructions import asked, with_names
 
 COMPARED = "compared"
 _VERDICT = re.compile(r"\b(same|different|contradiction)\b", re.IGNORECASE)
-_RATING = re.compile(r"\b(10|[0-9])(?:\.0)?\b(?!\s*(?:to|-)\s*10\b)")
+_SCALE = re.compile(r"\b0\s*(?:to|-)\s*10\b|(?:\bout of|/)\s*10\b", re.IGNORECASE)
+_RATING = re.compile(r"\b(?:10|[0-9])\b")
 
 
 class Translating(Settings):
@@ -108,9 +109,9 @@ def judged(row: ScoredRollout, reply: Rollout | None, settings: Relevance) -> Sc
 
 
 def read_rating(text: str) -> int | None:
-    """The first whole number from 0 to 10 that a judge says."""
-    found = _RATING.search(text)
-    return None if found is None else int(found[1])
+    """The first whole number from 0 to 10 that a judge says; the scale itself is none."""
+    found = _RATING.search(_SCALE.sub(" ", text))
+    return None if found is None else int(found[0])
 
 
 def after_translation(

@@ -31,7 +31,9 @@ def check(
     *names: str, cases: list[VerifierCase] | None = None, settings: Consistency | None = None
 ) -> dict[str, CheckedVerifier]:
     cases = CASES if cases is None else cases
-    outcomes = {name: {text: says(name, text) for text in [*PROBES, *(one.response for one in cases)]} for name in names}
+    outcomes = {
+        name: {text: says(name, text) for text in [*PROBES, *(one.response for one in cases)]} for name in names
+    }
     rows = cross_check([verifier(name) for name in names], cases, outcomes, settings or Consistency(), "tests")
     assert [row.verifier_id for row in rows] == list(names)
     return {row.verifier_id: row for row in rows}
@@ -112,7 +114,9 @@ def test_a_verifier_that_fits_the_first_half_only_is_found_out_on_the_other() ->
         if row.verifier_id == "only good 0":
             assert row.reason.startswith("disagrees with the")
     fitted = {"one", "two"}
-    narrow = {text.response: "passed" if text in first else "failed" for text in CASES} | dict.fromkeys(PROBES, "failed")
+    narrow = {text.response: "passed" if text in first else "failed" for text in CASES} | dict.fromkeys(
+        PROBES, "failed"
+    )
     outcomes = {name: {t: says(name, t) for t in [*PROBES, *(c.response for c in CASES)]} for name in fitted}
     rows = cross_check(
         [verifier("one"), verifier("two"), verifier("narrow")], CASES, outcomes | {"narrow": narrow}, Consistency(), "t"
