@@ -7,6 +7,7 @@ instructions measure the policy, and a gate decides whether it stands. The paper
 hand-written instructions are left out.
 """
 
+from collections import Counter
 from typing import Annotated, Literal, NamedTuple
 
 from prefect import flow
@@ -19,7 +20,7 @@ from storage.hub import Source
 from tasks.checking import Read
 from tasks.consistency import Consistency
 from tasks.evaluating import Contender, Evaluation, evaluate_answers
-from tasks.instructions import Combining, Length, Proposing
+from tasks.instructions import Combining, Length, Proposing, with_a_prompt
 from tasks.loading import load_demonstrations, load_prompts, open_folder
 from tasks.metrics import parse_strategy
 from tasks.pairing import pair_rollouts
@@ -46,6 +47,7 @@ from tasks.supervising import (
     drop_contradicted,
     load_queries,
     open_supervisor,
+    queries_of,
     read_cases,
     read_comparisons,
     read_instructions,
@@ -61,8 +63,6 @@ Base = Annotated[
     Annotated[TinyBase, Tag("tiny")] | Annotated[ModelRef, Tag("model")],
     Discriminator(lambda base: "tiny" if isinstance(base, TinyBase) or "corpus" in dict(base) else "model"),
 ]
-
-
 SUPERVISED = ("supervisor", "proposing", "verifiers", "cases", "back_translation", "judge")  # asked of the supervisor
 
 
@@ -126,9 +126,23 @@ class AutoIF(Settings):
         return [Read("queries", self.queries), Read("dev", self.dev), Read("test", self.test), *corpus]
 
     def templates(self) -> dict[str, tuple[ModelRef | None, PromptTemplate]]:
-        """How the policy and the supervisor are prompted; the instruction stands for itself."""
-        ref = None if isinstance(self.base, TinyBase) else self.base
-        return {"policy, before the instruction": (ref, self.template)}
+        """How the policy and the supervisor are prompted; an instruction is not known yet."""
+        policy = None if isinstance(self.base, TinyBase) else self.base
+        supervisor = policy if self.supervisor is None else self.supervisor.model
+        instance = with_a_prompt(self.combining.text)
+        user = self.template.user.replace("${prompt}", "$prompt").replace("$prompt", instance)
+        asked = {"an instruction": self.proposing.text, "a verifier": self.verifiers.text, "cases": self.cases.text}
+        return {
+            "policy": (policy, self.template.model_copy(update={"user": user})),
+            **{
+                f"supervisor, for {what}": (supervisor, PromptTemplate(user=with_a_prompt(text)))
+                for what, text in asked.items()
+            },
+        }
+
+    def first_prompt(self) -> str:
+        """The first query."""
+        return next(queries_of(self.queries, self.length, self.between, Counter())).prompt
 
     def label_of(self, number: int) -> str:
         """What a policy is called in the report, by the number of its iteration."""
@@ -149,6 +163,12 @@ class AutoIF(Settings):
         found = []
         if self.supervisor is None and isinstance(self.base, TinyBase):
             found.append("supervisor: a tiny base cannot write verifiers; name a supervisor")
+        for name in ("queries", "dev", "test"):
+            try:
+                if next(queries_of(getattr(self, name), self.length, self.between, Counter()), None) is None:
+                    found.append(f"{name}: the source has no query to use; see length, between and {name}.columns")
+            except (ValueError, OSError) as error:
+                found.append(f"{name}: {error}")
         try:
             isolation(self.limits)
         except SandboxError as error:

@@ -62,6 +62,9 @@ class ChecksItself(Protocol):
     def engine_of(self, name: str) -> EngineSettings:
         """The engine that the setting of this dotted name is for."""
 
+    def first_prompt(self) -> str:
+        """The first prompt as it is put to its models."""
+
     def faults(self) -> list[str]:
         """Every fault, in words, that only this recipe can have."""
 
@@ -91,8 +94,10 @@ def faults(config: Checkable) -> list[str]:
 
 def first_prompts(config: Checkable) -> dict[str, str]:
     """The first training prompt as the engine will get it, for each way the experiment prompts a model."""
-    source = config.reads()[0].source
-    prompt = next(iter(prompts_of(source))).prompt
+    if isinstance(config, ChecksItself):
+        prompt = config.first_prompt()
+    else:
+        prompt = next(iter(prompts_of(config.reads()[0].source))).prompt
     return {label: _rendered(ref, template, prompt) for label, (ref, template) in config.templates().items()}
 
 

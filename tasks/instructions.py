@@ -150,6 +150,14 @@ def with_names(text: str, names: set[str]) -> str:
     return text
 
 
+def with_a_prompt(text: str) -> str:
+    """A text of ours as a template for prompts, to be looked at: the query is the prompt, the rest is named."""
+    named = {"query": "$prompt", "instruction": "(an instruction)", "examples": "(the examples)"}
+    for name, shown in named.items():
+        text = text.replace(f"${{{name}}}", shown).replace(f"${name}", shown)
+    return text
+
+
 def queries_within(texts: Iterable[str], source: str, length: Length, counts: Counter[str]) -> Iterator[Prompt]:
     """Queries that are neither too short nor too long, each once."""
     seen: set[str] = set()

@@ -60,7 +60,9 @@ def test_a_preset_is_a_config_of_the_recipe_whose_folder_it_is_in(path: Path) ->
 
 @pytest.mark.flow
 @pytest.mark.parametrize("path", ALL_PRESETS, ids=lambda path: f"{path.parent.name}/{path.stem}")
-def test_a_preset_has_no_fault_where_its_data_is(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_preset_has_no_fault_where_its_data_is(
+    path: Path, monkeypatch: pytest.MonkeyPatch, made_up_hub: Path
+) -> None:
     if path in NEED_GSM8K:
         folder = os.environ.get("RATCHET_DATA") or str(REPOSITORY.parent / "shared" / "data")
         if not Path(folder, "gsm8k").is_dir():

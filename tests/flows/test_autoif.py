@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 
 from flows.__main__ import app
 from flows.autoif import AutoIF, autoif
-from flows.presets import Preset
+from flows.presets import Preset, PresetError
 from storage.datasets import DatasetRef, read_rows
 from storage.experiments import Experiment, StepRecord
 from storage.rows import (
@@ -26,6 +26,7 @@ from storage.rows import (
     Verification,
 )
 from tasks.pairing import NothingPaired
+from tasks.sandbox import SandboxError
 from tasks.supervising import SupervisorError
 from tasks.verifying import NothingSurvives
 from tasks.yields import yields
@@ -324,17 +325,60 @@ def test_a_wrong_configuration_is_told_and_nothing_is_written(name: str, ratchet
 
 @pytest.mark.flow
 @pytest.mark.parametrize("preset", sorted(FOLDER.glob("*.yaml")), ids=lambda path: path.stem)
-def test_a_plan_names_every_stage_and_writes_nothing(preset: Path, ratchet_home: Path, tmp_path: Path) -> None:
-    rows = tmp_path / "queries.jsonl"
-    rows.write_text("".join(json.dumps({"chosen": f"\n\nHuman: Why {n}?\n\nAssistant: So."}) + "\n" for n in range(900)))
-    overrides = []
-    if "hub: Anthropic" in preset.read_text():  # which is not here
-        source = f"{{path: {rows}, columns: {{prompt: chosen}}}}"
-        overrides = [part for name in ("queries", "dev", "test") for part in ("--set", f"{name}={source}")]
-    done = CliRunner().invoke(app, ["plan", str(preset), *overrides, "--json"])
+def test_a_plan_names_every_stage_shows_what_is_asked_and_writes_nothing(
+    preset: Path, ratchet_home: Path, made_up_hub: Path
+) -> None:
+    done = CliRunner().invoke(app, ["plan", str(preset), "--json"])
     assert done.exit_code == 0, done.output
     plan = json.loads(done.stdout)
     stages = {"load_queries", "read_instructions", "read_verifiers", "read_cases", "check_verifiers"}
     stages |= {"combine_instances", "verify_rollouts", "score_by_votes", "pair_rollouts", "train_preferences"}
     assert stages <= {step["step"] for step in plan["steps"]}
     assert not ratchet_home.exists()
+    query = "Why " if "hub: Anthropic" in preset.read_text() else "What is"
+    assert query in plan["first_prompts"]["policy"] and "(an instruction)" in plan["first_prompts"]["policy"]
+    assert {"supervisor, for a verifier", "supervisor, for cases"} <= set(plan["first_prompts"])
+    assert "Human:" not in "".join(plan["first_prompts"].values())
+
+
+@pytest.mark.parametrize(
+    ("overrides", "told"),
+    [
+        pytest.param(["length={shortest: 150, longest: 200}"], "queries: the source has no query to use", id="length"),
+        pytest.param(["between=['Human:', 'Assistant:']"], "test: the source has no query to use", id="between"),
+        pytest.param(["queries={path: none.jsonl}"], "queries: none.jsonl is not a file", id="no file"),
+    ],
+)
+def test_a_source_without_a_query_to_use_is_told_before_anything_runs(
+    overrides: list[str], told: str, ratchet_home: Path
+) -> None:
+    done = CliRunner().invoke(app, ["run", str(SMOKE), *(part for one in overrides for part in ("--set", one))])
+    assert (done.exit_code, told in done.stderr) == (2, True), done.stderr
+    assert not ratchet_home.exists()
+
+
+def test_without_a_sandbox_nothing_runs_unless_that_is_allowed_by_name(
+    monkeypatch: pytest.MonkeyPatch, ratchet_home: Path
+) -> None:
+    """What is allowed when is tasks/sandbox's to test; here, that the flag reaches it and the fault the terminal."""
+    allowed = []
+
+    def isolation(limits: object = None, *, allow_unsandboxed: bool = False) -> str:
+        if allow_unsandboxed or allowed:
+            allowed.append(allow_unsandboxed)
+            return "none"
+        raise SandboxError("seccomp: not here; use --allow-unsandboxed")
+
+    monkeypatch.setattr("tasks.sandbox.isolation", isolation)
+    monkeypatch.setattr("flows.autoif.isolation", isolation)
+    monkeypatch.setattr("flows.__main__._run_flow", lambda recipe, plainly: None)
+    refused = CliRunner().invoke(app, ["run", str(SMOKE)])
+    assert (refused.exit_code, "limits: seccomp: not here" in refused.stderr) == (2, True)
+    assert not ratchet_home.exists()
+    CliRunner().invoke(app, ["run", str(SMOKE), "--allow-unsandboxed"])
+    assert allowed[0] is True
+
+
+def test_no_preset_can_allow_what_the_flag_allows() -> None:
+    with pytest.raises(PresetError, match=r"limits\.allow_unsandboxed: there is no such key"):
+        config_of(SMOKE, "limits.allow_unsandboxed=true")
