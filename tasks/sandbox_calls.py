@@ -24,7 +24,12 @@ OUTCOMES = ("passed", "failed", "error", "timeout", "memory", "forbidden", "inva
 PASSED, FAILED, ERROR, TIMEOUT, MEMORY, FORBIDDEN, INVALID = range(len(OUTCOMES))
 GROWTH_KIB = 64 * 1024  # a process that held so much more than at its start is not used for another verifier
 
+FILENAME = "<verifier>"
 _GENERATOR_FLAGS = {0x20: "a generator", 0x80: "a coroutine", 0x200: "an asynchronous generator"}
+_REACHING = (
+    "asyncio concurrent ftplib http imaplib multiprocessing nntplib poplib pty selectors smtplib socketserver sqlite3 ssl "
+    "telnetlib urllib webbrowser xmlrpc dbm shelve"
+).split()  # not loaded, for all they are for is files, processes and the network
 _NOTED = ("open", "socket.", "os.", "subprocess.", "signal.", "ctypes.dl", "mmap.", "shutil.", "_thread.", "pty.")
 
 Answer = tuple[int, str]
@@ -51,24 +56,24 @@ def serve(tasks: list[Task], start: Start) -> None:
     send = _sender(start.token)
     collect, grown, seed = gc.collect, _growth(), random.seed
     first = start.call
+    _stay_off_files()
     for number in range(start.verifier, min(len(tasks), start.verifier + start.share)):
         source, responses = tasks[number]
         if not responses:
             continue
-        code, sharing, fault = _read(source)
-        source = ""
+        code, sharing = _read(source)
         send(ENTER, number, int(sharing), 0, "")
         if sharing is not Grade.PLAIN:
-            _note_deeds(lambda deed, number=number: send(NOTE, number, 0, 0, deed))  # type: ignore[misc]
+            _watch_deeds(lambda deed, number=number: send(NOTE, number, 0, 0, deed))  # type: ignore[misc]
         last = len(responses) - 1
         for call in range(first, len(responses)):
             if sharing is not Grade.PLAIN:
                 seed(0)
-            outcome, detail = fault if fault is not None else _call(code, responses[call])
-            if call == last and sharing is Grade.PLAIN:
+            outcome, detail = _call(code, responses[call]) if isinstance(code, CodeType) else code
+            if call == last and sharing is Grade.PLAIN and start.share > 1:
                 collect()  # what is left of it, finalizers and all, is this verifier's own time
             send(VERDICT, number, call, outcome, detail)
-            if outcome == MEMORY or (sharing is Grade.INTRUSIVE and fault is None):
+            if outcome == MEMORY or (sharing is Grade.INTRUSIVE):
                 return
         if sharing is not Grade.PLAIN or grown():
             return
@@ -96,7 +101,7 @@ def _growth() -> Callable[[], bool]:
     return lambda: usage(whose).ru_maxrss - before > GROWTH_KIB
 
 
-def _note_deeds(send: Callable[[str], None]) -> None:
+def _watch_deeds(send: Callable[[str], None]) -> None:
     """Tell what the verifier is about to do, so that what it is stopped for has a name. For show, never for safety."""
     last = [""]
 
@@ -108,19 +113,29 @@ def _note_deeds(send: Callable[[str], None]) -> None:
     sys.addaudithook(hook)
 
 
-def _read(source: str) -> tuple[CodeType | None, Grade, Answer | None]:
-    """The code of a verifier, what it may share, and what is wrong with it."""
+def _stay_off_files() -> None:
+    """Keep the compiler from opening a file of the source's name, to quote the line of a syntax error from."""
+
+    def hook(event: str, arguments: tuple[object, ...]) -> None:
+        if event == "open" and type(arguments[0]) is str and arguments[0] == FILENAME:
+            raise FileNotFoundError
+
+    sys.addaudithook(hook)
+
+
+def _read(source: str) -> tuple[CodeType | Answer, Grade]:
+    """The code of a verifier, or what is wrong with it, and what it may share."""
     try:
-        tree = ast.parse(source, "<verifier>")
+        tree = ast.parse(source, FILENAME)
         sharing = grade(tree)
-        return compile(tree, "<verifier>", "exec", dont_inherit=True), sharing, None
+        return compile(tree, FILENAME, "exec", dont_inherit=True), sharing
     except MemoryError:
-        return None, Grade.ORDINARY, (INVALID, "does not compile: too large or too deeply nested")
+        return (INVALID, "does not compile: too large or too deeply nested"), Grade.ORDINARY
     except (SyntaxError, ValueError, RecursionError, OverflowError) as error:
-        return None, Grade.PLAIN, (INVALID, f"does not compile: {_told(error)}")
+        return (INVALID, f"does not compile: {_told(error)}"), Grade.PLAIN
 
 
-def _call(code: CodeType | None, response: str) -> Answer:
+def _call(code: CodeType, response: str) -> Answer:
     """One call in a fresh namespace. No exception leaves."""
     execute, told, misfit, judged = exec, _failure, _misfit, _judged
     space: dict[str, Any] = {"__name__": "verifier", "__doc__": None}
@@ -171,7 +186,10 @@ def _failure(error: BaseException) -> Answer:
     if kind is MemoryError:
         return MEMORY, "ran out of its memory"
     if kind is ModuleNotFoundError and type(error.name) is str:  # type: ignore[attr-defined]
-        return ERROR, f"missing module {error.name}"  # type: ignore[attr-defined]
+        name: str = error.name  # type: ignore[attr-defined]
+        if name.partition(".")[0] in _REACHING:
+            return FORBIDDEN, f"not allowed in the sandbox: import {name}"
+        return ERROR, f"missing module {name}"
     return ERROR, _told(error)
 
 

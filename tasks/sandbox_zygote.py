@@ -22,8 +22,8 @@ from typing import Any, BinaryIO, NoReturn
 REPOSITORY = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))  # noqa: PTH100,PTH120 - pathlib is slow to load
 sys.path.insert(0, REPOSITORY)
 
-from tasks import sandbox_layers as layers  # noqa: E402 - found only now
-from tasks.sandbox_calls import (  # noqa: E402
+from tasks import sandbox_layers as layers  # found only now
+from tasks.sandbox_calls import (
     CHANNEL,
     DETAIL,
     ENTER,
@@ -48,17 +48,15 @@ FAULT = 70  # status of a child whose harness failed: a verifier can bring it to
 TICK_SECONDS = 0.01  # how often a busy child is looked at
 KILLS = 2  # a verifier stopped so often is not called again
 ASK, TELL = 10, 11  # where standard input and output are moved, out of a child's reach
+# What verifiers import; each megabyte more makes every fork slower. What is not here and not asked for is missing.
 PRELOAD = (
     "_strptime abc array ast base64 binascii bisect calendar cmath collections collections.abc contextlib copy csv "
-    "ctypes dataclasses datetime decimal difflib enum fnmatch fractions functools graphlib hashlib heapq hmac html "
-    "html.entities html.parser inspect io itertools json keyword locale math numbers operator os os.path pathlib "
-    "pickle pprint queue random re reprlib secrets shlex signal socket statistics string stringprep struct subprocess "
-    "tempfile textwrap threading time timeit token tokenize traceback types typing unicodedata urllib.parse uuid "
-    "warnings weakref xml.etree.ElementTree xml.dom.minidom zlib zoneinfo asyncio concurrent.futures glob shutil "
-    "colorsys configparser optparse argparse logging codecs encodings.idna encodings.utf_16 encodings.utf_32 "
-    "encodings.latin_1 encodings.ascii encodings.cp1252 encodings.punycode encodings.unicode_escape encodings.rot_13 "
-    "encodings.hex_codec encodings.base64_codec encodings.raw_unicode_escape encodings.utf_8_sig encodings.cp437 "
-    "encodings.iso8859_1 encodings.iso8859_15 encodings.charmap encodings.mbcs multiprocessing"
+    "ctypes dataclasses datetime decimal difflib enum fnmatch fractions functools hashlib heapq hmac html html.parser "
+    "inspect io itertools json keyword locale math mmap numbers operator os pathlib pickle pprint random re reprlib "
+    "secrets select shutil signal socket statistics string stringprep struct subprocess tempfile textwrap threading "
+    "time tokenize traceback types typing unicodedata urllib.parse uuid warnings weakref xml.etree.ElementTree zlib "
+    "encodings.idna encodings.utf_16 encodings.utf_32 encodings.latin_1 encodings.ascii encodings.cp1252 "
+    "encodings.punycode encodings.unicode_escape encodings.rot_13 encodings.hex_codec encodings.utf_8_sig"
 ).split()
 
 
@@ -377,10 +375,8 @@ def _preload(more: list[str], path: list[str]) -> None:
     for name in more:
         importlib.import_module(name)
     import warnings
-    import zoneinfo
 
     warnings.simplefilter("ignore")
-    zoneinfo.reset_tzpath(())
     # From here on an import finds what is loaded or built in, and touches no file.
     sys.meta_path[:] = [importlib.machinery.BuiltinImporter, importlib.machinery.FrozenImporter]
     sys.path.clear()
