@@ -14,9 +14,12 @@ from prefect import flow
 from pydantic import Discriminator, Field, Tag, model_validator
 
 from flows.rest_em import TinyBase
+from models.harness import BenchmarkError
 from models.specs import EngineSettings, ModelRef, Preference, PromptTemplate, Sampling, Settings
 from storage.datasets import DatasetRef
 from storage.hub import Source
+from tasks.benchmarking import evaluate_benchmarks, material_of
+from tasks.benchmarks import Benchmarks
 from tasks.checking import Read
 from tasks.consistency import Consistency
 from tasks.evaluating import Contender, Evaluation, evaluate_answers
@@ -95,6 +98,7 @@ class AutoIF(Settings):
     dpo: tuple[Preference, ...] = Field(min_length=1)  # each trains the sampled policy on the same pairs
     iterations: int = Field(default=1, ge=1)  # each samples the policy that stands
     evaluation: Evaluation
+    benchmarks: Benchmarks | None = None  # by lm-eval, reported only
     gate: Gate = Gate()
     published: dict[str, dict[str, float | None]] | None = None  # policy -> strategy -> percent, shown beside ours
     published_yields: dict[str, dict[str, float | None]] | None = None  # whose -> stage -> rows
@@ -169,6 +173,11 @@ class AutoIF(Settings):
                     found.append(f"{name}: the source has no query to use; see length, between and {name}.columns")
             except (ValueError, OSError) as error:
                 found.append(f"{name}: {error}")
+        for benchmark in () if self.benchmarks is None else self.benchmarks.tasks:
+            try:
+                material_of(benchmark)
+            except BenchmarkError as error:
+                found.append(f"benchmarks: {error}")
         try:
             isolation(self.limits)
         except SandboxError as error:
@@ -210,7 +219,7 @@ def autoif(config: AutoIF) -> ModelRef:
             give_back_accelerator()
         with iteration(0):
             incumbent = assess(config, base, trusted, held_out)
-            begin(experiment, incumbent)
+            begin(experiment, incumbent, **measure(config, base))
         for first in range(1, config.iterations * len(config.dpo) + 1, len(config.dpo)):
             sampled = incumbent.policy
             with iteration(first):
@@ -224,8 +233,8 @@ def autoif(config: AutoIF) -> ModelRef:
             for number in each_iteration(range(first, first + len(config.dpo))):
                 policy = train_preferences(sampled, (pairs,), config.template, config.dpo[number - first])
                 challenger = assess(config, policy, trusted, held_out)
-                label = config.label_of(number)
-                incumbent = promote(experiment, label, challenger, incumbent, config.gate, scored=scored)
+                made = {"scored": scored, **measure(config, policy)}
+                incumbent = promote(experiment, config.label_of(number), challenger, incumbent, config.gate, **made)
     publish_report(experiment)
     return incumbent.policy
 
@@ -323,3 +332,10 @@ def assess(config: AutoIF, policy: ModelRef, trusted: Trusted, held_out: HeldOut
             tuple(one.strategies for one in config.evaluation.test),
         )
     return Contender(policy, config.template, dev, test)
+
+
+def measure(config: AutoIF, policy: ModelRef) -> dict[str, DatasetRef]:
+    """The policy's figures on the benchmarks, if there are to be any."""
+    if config.benchmarks is None:
+        return {}
+    return {"benchmarks": evaluate_benchmarks(policy, config.template, config.benchmarks, config.engine)}

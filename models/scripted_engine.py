@@ -20,8 +20,18 @@ from typing import Any, Self
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
-from models.engine import Completion, EngineConfigurationError, LocalModel, Message, Request
+from models.engine import (
+    Completion,
+    EngineConfigurationError,
+    LocalModel,
+    Message,
+    Request,
+    ScoredTokens,
+    ScoreRequest,
+)
 from models.specs import Sampling
+
+CANNOT_SCORE = "a scripted engine cannot score continuations; use engine.kind 'vllm'"
 
 
 class Rule(BaseModel):
@@ -85,7 +95,11 @@ class ScriptedEngine:
 
     def score(self, messages: Sequence[Message], continuations: Sequence[str]) -> list[list[float]]:
         """A script has no probabilities."""
-        raise EngineConfigurationError("a scripted engine cannot score continuations; use engine.kind 'vllm'")
+        raise EngineConfigurationError(CANNOT_SCORE)
+
+    def score_all(self, requests: Iterable[ScoreRequest]) -> Iterator[ScoredTokens]:
+        """A script has no probabilities."""
+        raise EngineConfigurationError(CANNOT_SCORE)
 
     def generated(self) -> int:
         """Completions written since the engine was opened."""

@@ -68,6 +68,9 @@ def test_a_preset_has_no_fault_where_its_data_is(
         if not Path(folder, "gsm8k").is_dir():
             pytest.skip("GSM8K is not here; name the folder that holds it in RATCHET_DATA")
         monkeypatch.setenv("RATCHET_DATA", folder)
+    if "task: ifeval" in path.read_text():
+        for library in ("immutabledict", "langdetect"):
+            pytest.importorskip(library, reason=f"lm-eval's IFEval needs {library}")
     monkeypatch.chdir(REPOSITORY)
     module, config_class, _ = RECIPES[Preset(path).recipe]
     assert faults(Preset(path).config(getattr(importlib.import_module(module), config_class))) == []

@@ -328,6 +328,9 @@ def test_a_wrong_configuration_is_told_and_nothing_is_written(name: str, ratchet
 def test_a_plan_names_every_stage_shows_what_is_asked_and_writes_nothing(
     preset: Path, ratchet_home: Path, made_up_hub: Path
 ) -> None:
+    if "task: ifeval" in preset.read_text():
+        pytest.importorskip("immutabledict", reason="lm-eval's IFEval needs it")
+        pytest.importorskip("langdetect", reason="lm-eval's IFEval needs it")
     done = CliRunner().invoke(app, ["plan", str(preset), "--json"])
     assert done.exit_code == 0, done.output
     plan = json.loads(done.stdout)
@@ -339,6 +342,16 @@ def test_a_plan_names_every_stage_shows_what_is_asked_and_writes_nothing(
     assert query in plan["first_prompts"]["policy"] and "(an instruction)" in plan["first_prompts"]["policy"]
     assert {"supervisor, for a verifier", "supervisor, for cases"} <= set(plan["first_prompts"])
     assert "Human:" not in "".join(plan["first_prompts"].values())
+
+
+@pytest.mark.flow
+@pytest.mark.parametrize("preset", ["llama32_1b", "llama31_8b", "paper"])
+def test_a_preset_for_gpus_plans_without_its_benchmarks(preset: str, ratchet_home: Path, made_up_hub: Path) -> None:
+    done = CliRunner().invoke(app, ["plan", str(FOLDER / f"{preset}.yaml"), "--set", "benchmarks=null", "--json"])
+    assert done.exit_code == 0, done.output
+    steps = [step["step"] for step in json.loads(done.stdout)["steps"]]
+    assert steps.count("train_preferences") == len(config_of(FOLDER / f"{preset}.yaml").dpo)
+    assert not ratchet_home.exists()
 
 
 @pytest.mark.parametrize(
