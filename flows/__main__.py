@@ -22,7 +22,7 @@ from flows import inspecting, measuring
 from flows.console import HomeOption, JsonOption, err, fail, out, print_json, use_home
 from flows.presets import Preset, PresetError
 from flows.server import ServerError, configure_prefect, private_server
-from flows.terminal import Lines, iteration_tables, plan_table, published_table
+from flows.terminal import Lines, iteration_tables, plan_table, published_table, yield_table
 from storage.experiments import Experiment
 
 # recipe -> module; each module has a config class and a flow, named here so that nothing heavy is imported to list them
@@ -100,12 +100,15 @@ def run(
             stopping.set()
             close_engines()
     from tasks.reporting import published_rows
+    from tasks.yields import yields
 
     records = experiment.iterations()
     for table in iteration_tables(records):
         out.print(table)
     if figures := published_rows(experiment.config(), records):
         out.print(published_table(figures))
+    if found := yields(experiment.config(), experiment.steps(run=experiment.state().run)):
+        out.print(yield_table(found))
     out.print(f"Report: {experiment.folder / 'report.html'}", soft_wrap=True)
 
 

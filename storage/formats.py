@@ -24,7 +24,7 @@ ASKS = {
 }
 WORDS = {"first": FIRST, "before": BEFORE, "last": LAST}
 TWOS = (("first", "last"), ("first", "before"), ("before", "last"))
-OTHER_WORD = 0.5  # of the demands that are not met, the share met with another word
+OTHER_WORD = 0.3  # of the demands that are not met, the share met with another word
 
 
 class Formats(BaseModel):

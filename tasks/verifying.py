@@ -21,6 +21,7 @@ from tasks import consistency, votes
 from tasks.caching import log_counts, step
 from tasks.consistency import KEPT, Consistency
 from tasks.sandbox import Job, Limits, Verdict, run_verifiers
+from tasks.serving import raise_if_stopping
 from tasks.votes import Completing, Drawn, Voting
 
 SHOWN = 3  # verifiers or completions quoted in an error
@@ -176,6 +177,7 @@ def in_order(jobs: Iterable[Job], limits: Limits) -> Iterator[list[Verdict]]:
         verdicts = run_verifiers(jobs, limits)
         try:
             while True:
+                raise_if_stopping()
                 try:
                     yield runner.run(_next(verdicts))
                 except StopAsyncIteration:

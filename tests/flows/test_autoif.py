@@ -1,6 +1,7 @@
 """The recipe AutoIF end to end: a fake policy, a scripted supervisor, the real sandbox."""
 
 import json
+import os
 from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
@@ -196,6 +197,26 @@ def test_the_report_shows_yields_and_published_figures_beside_ours() -> None:
     html = (experiment.folder / "report.html").read_text()
     for part in ("From queries to pairs", "1,836", "pass:fail", "41.5", "not run"):
         assert part in html
+
+
+@pytest.mark.flow
+def test_ifeval_and_hellaswag_stand_beside_what_was_published(monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = os.environ.get("RATCHET_DATA") or str(REPOSITORY.parent / "shared" / "data")
+    if not Path(folder, "ifeval").is_dir():
+        pytest.skip("IFEval's prompts are not here; name the folder that holds ifeval/ in RATCHET_DATA")
+    for library in ("immutabledict", "langdetect"):
+        pytest.importorskip(library, reason=f"lm-eval's IFEval needs {library}")
+    monkeypatch.setenv("RATCHET_DATA", folder)
+    published = "published={base: {ifeval prompt_level_strict_acc: 49.53, ifeval average: 57.97}}"
+    experiment = run_plainly("benchmarks={tasks: [{task: ifeval, limit: 4}]}", published)
+    base, trained = experiment.iterations()
+    for record in (base, trained):
+        four = [figure for name, figure in record.metrics.items() if name.startswith("ifeval") and "_acc" in name]
+        assert len(four) == 4 and {figure["n"] for figure in four} == {4}
+        mean = sum(figure["value"] for figure in four) / 4
+        assert record.metrics["ifeval average"]["value"] == pytest.approx(mean)
+    html = (experiment.folder / "report.html").read_text()
+    assert "49.53" in html and '">not run<' not in html
 
 
 @pytest.mark.parametrize(
