@@ -23,7 +23,8 @@ from tasks.benchmarks import Benchmarks
 from tasks.checking import Read
 from tasks.consistency import Consistency
 from tasks.evaluating import Contender, Evaluation, evaluate_answers
-from tasks.instructions import Combining, Length, Proposing, with_a_prompt
+from tasks.instances import Combining
+from tasks.instructions import Length, Proposing, with_a_prompt
 from tasks.loading import load_demonstrations, load_prompts, open_folder
 from tasks.metrics import parse_strategy
 from tasks.pairing import pair_rollouts
@@ -32,27 +33,29 @@ from tasks.promoting import begin, promote
 from tasks.promotion import Gate
 from tasks.recording import each_iteration, experiment_run, iteration, split
 from tasks.reporting import publish_report
+from tasks.reviewing import (
+    apply_judge,
+    ask_back_translations,
+    ask_the_judge,
+    ask_to_compare,
+    drop_contradicted,
+    read_comparisons,
+)
 from tasks.sampling import sample_rollouts, shard_threads
 from tasks.sandbox import Limits, SandboxError, isolation
 from tasks.serving import give_back_accelerator
 from tasks.supervising import (
     Queries,
     Supervisor,
-    apply_judge,
     ask,
     ask_about_instructions,
-    ask_back_translations,
     ask_for_instructions,
     ask_plainly,
-    ask_the_judge,
-    ask_to_compare,
     combine_instances,
-    drop_contradicted,
     load_queries,
     open_supervisor,
     queries_of,
     read_cases,
-    read_comparisons,
     read_instructions,
     read_verifiers,
 )

@@ -5,47 +5,24 @@ ours; they ask for what seed 4 asks for: a demand on the form, not on the style,
 """
 
 import hashlib
-import random
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from string import Template
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 from pydantic import Field, field_validator, model_validator
 
 from models.specs import Sampling, Settings
-from storage.rows import Instance, Instruction, Prompt, Rollout
-from tasks.prompts import ngrams, prompt_id
+from storage.rows import Instruction, Prompt, Rollout
+from tasks.prompts import prompt_id
+from tasks.screening import Screening, evaluation_types
 from tasks.selection import same_text
 
 ASKED = "autoif"  # the source of every prompt made here
 ID_CHARACTERS = 24
 SHOWN = 3  # replies quoted in an error
 
-# What IFEval's instructions are about (METHODS 5.6.12), by our own patterns: kind -> words that tell it.
-EVALUATION_TYPES = {
-    "keywords": r"\bkey ?words?\b|\b(?:include|mention|use|contain)\b.{0,30}\bwords?\b|\bforbidden\b"
-    r"|\bavoid the words?\b",
-    "letter frequency": r"\bletters?\b.{0,40}\b(?:times|at least|fewer|less|more|occur|appear)\b",
-    "response language": r"\b(?:in|using) (?:only )?(?:English|German|French|Spanish|Hindi|Arabic|Chinese|Italian)\b",
-    "length": r"\b(?:at (?:least|most)|fewer than|less than|more than|exactly|no more than)\b.{0,20}"
-    r"\b(?:words?|sentences?|paragraphs?)\b",
-    "placeholders": r"\bplaceholders?\b|\bsquare brackets\b",
-    "postscript": r"\bpost ?script\b|\bP\.? ?S\.?",
-    "bullet list": r"\bbullet(?:s|ed)?\b",
-    "title": r"\btitle\b",
-    "highlighted sections": r"\bhighlight|\bitalic|\bbold\b",
-    "multiple sections": r"\bsections?\b",
-    "json": r"\bJSON\b",
-    "repeat the prompt": r"\brepeat\b.{0,30}\b(?:prompt|request|question|query)\b",
-    "two responses": r"\btwo (?:different |separate )?(?:responses|answers)\b",
-    "letter case": r"\b(?:upper|lower) ?-?case\b|\bcapital",
-    "ending": r"\b(?:end|finish|close)\b.{0,30}\b(?:with|by)\b",
-    "quotation": r"\bquotation marks?\b|\bdouble quotes\b",
-    "no comma": r"\bcommas?\b",
-}
-_TYPES = {name: re.compile(pattern, re.IGNORECASE | re.DOTALL) for name, pattern in EVALUATION_TYPES.items()}
 _LEAD = re.compile(r"^\s*(?:[-*•]|\d+[.)])?\s*(?:\**instruction\**\s*:\**)?\s*", re.IGNORECASE)
 _ABOUT_ITSELF = re.compile(
     r"^(?:sure|certainly|of course|here (?:is|are)|i (?:can|cannot|can't|will))\b", re.IGNORECASE
@@ -71,13 +48,6 @@ EXAMPLES = (
 )
 
 
-class Screening(Settings):
-    """What is done about instructions like those of the evaluation. The seed did nothing: `mark` counts them."""
-
-    action: Literal["mark", "drop"] = "mark"
-    types: bool = True  # compare with the kinds of IFEval's instructions
-
-
 class Proposing(Settings):
     """How instructions are proposed. Defaults: seed 4, one a query (METHODS 5.2)."""
 
@@ -99,19 +69,6 @@ class Proposing(Settings):
     screening: Screening = Screening()
 
     _names = field_validator("text")(lambda text: with_names(text, {"examples", "query"}))
-
-
-class Combining(Settings):
-    """Which queries an instruction is put to, and which instructions nobody is trained on."""
-
-    text: str = "$query\n$instruction"  # the prompt, as trained on and evaluated with
-    queries_per_instruction: int = Field(default=1, ge=1)  # the first is the one it was proposed for; the paper: 16
-    held_out_queries: int = Field(default=1, ge=1)  # for an instruction of the dev or the test split
-    dev_share: float = Field(default=0.1, gt=0, lt=0.5)  # of the instructions
-    test_share: float = Field(default=0.1, gt=0, lt=0.5)
-    seed: int = Field(default=0, ge=0)
-
-    _names = field_validator("text")(lambda text: with_names(text, {"query", "instruction"}))
 
 
 class Length(Settings):
@@ -249,12 +206,6 @@ def instructions_of(
         )
 
 
-def evaluation_types(text: str, screening: Screening, evaluation: Mapping[str, str]) -> list[str]:
-    """The kinds of the evaluation's instructions that this one looks like, and whose 13 words it shares."""
-    kinds = [name for name, pattern in _TYPES.items() if pattern.search(text)] if screening.types else []
-    return kinds + sorted({evaluation[gram] for gram in ngrams(text) if gram in evaluation})
-
-
 def instruction_key(text: str) -> str:
     """What two instructions share that differ in letter case, white space and punctuation at the end only."""
     return same_text(text).casefold().rstrip(" .!;:")
@@ -263,56 +214,6 @@ def instruction_key(text: str) -> str:
 def identity(*parts: str) -> str:
     """An id that depends on these texts only."""
     return hashlib.sha256("\x1f".join(parts).encode(errors="surrogatepass")).hexdigest()[:ID_CHARACTERS]
-
-
-def split_of(instructions: Sequence[Instruction], settings: Combining) -> dict[str, str]:
-    """instruction_id -> "train", "dev" or "test"; each of the latter two has at least one.
-
-    Raises:
-        ValueError: there are fewer than three instructions.
-    """
-    if len(instructions) < 3:
-        raise ValueError(
-            f"{len(instructions)} instructions cannot be split into train, dev and test; propose more: more queries, "
-            "or a larger proposing.sampling.rollouts_per_prompt"
-        )
-    shuffled = sorted(row.instruction_id for row in instructions)
-    random.Random(f"{settings.seed}:split").shuffle(shuffled)
-    dev, test = (max(1, round(share * len(shuffled))) for share in (settings.dev_share, settings.test_share))
-    splits = {name: "train" for name in shuffled}
-    return splits | dict.fromkeys(shuffled[:dev], "dev") | dict.fromkeys(shuffled[dev : dev + test], "test")
-
-
-def combine(
-    instructions: Sequence[Instruction], queries: Sequence[Prompt], split: str, settings: Combining
-) -> Iterator[Instance]:
-    """Instances of one split: each of its instructions with queries of that split.
-
-    In training the first query is the one that the instruction was proposed for.
-    """
-    splits, by_id = split_of(instructions, settings), {query.prompt_id: query for query in queries}
-    wanted = settings.queries_per_instruction if split == "train" else settings.held_out_queries
-    for row in instructions:
-        if splits[row.instruction_id] != split:
-            continue
-        own = [by_id[row.query_id]] if split == "train" else []
-        for query in [*own, *_others(row, queries, wanted - len(own), settings)]:
-            prompt = Template(settings.text).substitute(query=query.prompt, instruction=row.instruction)
-            yield Instance(
-                prompt_id=prompt_id(ASKED, prompt),
-                instruction_id=row.instruction_id,
-                query_id=query.prompt_id,
-                prompt=prompt,
-                query=query.prompt,
-                instruction=row.instruction,
-                split=split,
-            )
-
-
-def _others(row: Instruction, queries: Sequence[Prompt], count: int, settings: Combining) -> list[Prompt]:
-    rng = random.Random(f"{settings.seed}:{row.instruction_id}")
-    drawn = rng.sample(queries, min(count + 1, len(queries))) if count > 0 else []
-    return [query for query in drawn if query.prompt_id != row.query_id][:count]
 
 
 def too_many_unreadable(

@@ -6,23 +6,20 @@ import pytest
 from pydantic import ValidationError
 
 from storage.rows import Prompt
+from tasks.instances import Combining, combine, split_of
 from tasks.instructions import (
-    Combining,
     Example,
     Length,
     Proposing,
     Read,
-    Screening,
     ask_for_instruction,
-    combine,
-    evaluation_types,
     instructions_of,
     queries_within,
     read_instruction,
-    split_of,
     too_many_unreadable,
 )
 from tasks.prompts import ngrams
+from tasks.screening import Screening, evaluation_types
 from tests.tasks.builders import instruction, rollout
 
 PROPOSING = Proposing(examples=(Example(query="Why?", instruction="Use a dash."),))

@@ -11,7 +11,8 @@ from models.specs import Fake, ModelRef, Scripted
 from storage.datasets import read_rows, write_rows
 from storage.hub import Columns, Source
 from storage.rows import Instruction, Prompt, Rollout
-from tasks.instructions import Length, Proposing, Screening
+from tasks.instructions import Length, Proposing
+from tasks.screening import Screening
 from tasks.supervising import (
     Supervisor,
     SupervisorError,
