@@ -1,3 +1,4 @@
+# ruff: noqa: E501 - a verifier a line reads better than one over four
 """Hostile verifiers, and the outcomes that show each was held. All are called with two responses, "one" and "two".
 
 `@NAME@` in a source is replaced by what the test prepared: a file with a secret, a port somebody listens on, ...

@@ -5,20 +5,16 @@ import socket
 from collections.abc import Iterator
 from pathlib import Path
 
-import psutil
 import pytest
 
-from tasks import sandbox_pool
-from tasks.sandbox import Job, Limits, Verdict
 from tasks.sandbox_pool import Pool, Setup
 from tests.sandbox.attacks import ATTACKS, Attack
+from tests.sandbox.running import MARK, TOLD, processes
 
 pytestmark = pytest.mark.flow
 
 SECRET = "hunter2-of-this-machine"
-MARK = 98_761  # an argument that only a command started by an attack has
-LIMITS = Limits(cpu_seconds=0.2, wall_seconds=1.0, verifier_seconds=5.0, memory_mb=64)
-PROBE = Job("def evaluate(response):\n    return response.count('a') == 2\n", ("banana", "papaya", "salad", ""))
+PROBE = ("def evaluate(response):\n    return response.count('a') == 2\n", ("banana", "papaya", "salad", ""))
 PROBED = ["failed", "failed", "passed", "failed"]  # 3, 3, 2 and 0 times the letter a
 RESPONSES = ("one", "two")
 
@@ -86,32 +82,17 @@ def pool(machine: Machine) -> Iterator[Pool]:
     pool.close()
 
 
-def processes() -> set[int]:
-    """The processes of this checkout's sandboxes, and commands that an attack started."""
-    program = str(sandbox_pool.PROGRAM)
-    listed = ((one.pid, one.info["cmdline"] or []) for one in psutil.process_iter(["cmdline"]))
-    return {pid for pid, command in listed if program in command or str(MARK) in command}
-
-
-def ask(pool: Pool, *jobs: Job, share: int = 25) -> list[list[Verdict]]:
-    """Verdicts of one batch."""
-    names = ("cpu_seconds", "wall_seconds", "verifier_seconds", "memory_mb", "detail_length")
-    told = {"share": share, **{name: getattr(LIMITS, name) for name in names}}
-    return [[Verdict(outcome, detail, pool.level) for outcome, detail in row] for row in pool.run(jobs, told)]  # type: ignore[arg-type]
-
-
 @pytest.mark.parametrize("attack", [pytest.param(one, id=one.name.replace(" ", "-")) for one in ATTACKS])
 def test_an_attack_costs_its_own_rows_only(attack: Attack, machine: Machine, pool: Pool) -> None:
     before, parent = processes(), os.getppid()
     replaced = pool.replaced
-    ahead, attacked, behind = ask(pool, PROBE, Job(machine.aim(attack.source), RESPONSES), PROBE)
-    found = tuple(verdict.outcome for verdict in attacked)
+    ahead, attacked, behind = pool.run([PROBE, (machine.aim(attack.source), RESPONSES), PROBE], TOLD)
+    found = tuple(outcome for outcome, _ in attacked)
     assert found in attack.outcomes, attacked
-    assert [verdict.outcome for verdict in ahead] == PROBED
-    assert [verdict.outcome for verdict in behind] == PROBED
-    assert [verdict.outcome for verdict in ask(pool, PROBE)[0]] == PROBED
-    assert not any(SECRET in verdict.detail for verdict in attacked)
-    assert all(len(verdict.detail) <= LIMITS.detail_length for verdict in attacked)
+    assert [outcome for outcome, _ in ahead] == PROBED
+    assert [outcome for outcome, _ in behind] == PROBED
+    assert [outcome for outcome, _ in pool.run([PROBE], TOLD)[0]] == PROBED
+    assert not any(SECRET in detail or len(detail) > 160 for _, detail in attacked)
     assert pool.replaced == replaced  # not even the worker was lost
     assert processes() == before
     assert os.getppid() == parent
