@@ -8,7 +8,6 @@ import os
 import resource
 import select
 import signal
-import sys
 import time
 from collections.abc import Callable
 from functools import partial
@@ -126,10 +125,9 @@ class Watch:
         try:
             os.dup2(writer, CHANNEL)
             os.closerange(CHANNEL + 1, 64)
-            if sys.platform == "linux":
-                layers.die_with_parent()
             self._limit(memory)
             if self.walls.filter is not None:
+                layers.die_with_parent()
                 self.walls.filter.put_on()
             call = len(self.batch.answers[self.batch.at])
             serve(self.batch.tasks, Start(self.batch.at, call, self.token, self.limits["share"]))
@@ -238,7 +236,8 @@ class Watch:
             return True
         if self.entered != verifier:
             return False
-        detail = text[:size].decode("ascii", "replace")[: self.limits["detail_length"]]
+        told = text[:size].decode("ascii", "replace")[: self.limits["detail_length"]]
+        detail = "".join(letter if letter.isprintable() else " " for letter in told)
         if kind == NOTE:
             self.note = "".join(letter for letter in detail if letter.isalnum() or letter in "._")
             return True

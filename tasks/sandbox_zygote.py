@@ -71,11 +71,14 @@ class Zygote:
         _preload(wanted["preload"], wanted["path"])
         if "namespaces" in self.layers and not self._put_up("namespaces", layers.empty_root):
             self.layers.remove("namespaces")
-        if sys.platform == "linux":
+        try:
             layers.adopt_orphans()
             layers.drop_privileges()  # which also forgets whom to die with
-        if os.getpid() == 1 and "namespaces" in wanted_layers:
-            layers.die_with_parent()
+            if "namespaces" in self.layers:
+                layers.die_with_parent()
+        except (OSError, AttributeError):  # no Linux, or one that denies even this
+            if wanted_layers:
+                raise
         if "landlock" in wanted_layers:
             self._put_up("landlock", layers.restrict_files)
         self.filter: layers.Filter | None = None

@@ -144,6 +144,13 @@ PROCESSES = [
     _body("fork by ctypes", "forbidden", "import ctypes\nctypes.CDLL(None).fork()\nreturn True"),
     _body("raw system call", "forbidden", "import ctypes\nctypes.CDLL(None).syscall(57)\nctypes.CDLL(None).syscall(220)\nreturn True"),
     _body("system call of another ABI", "forbidden", "import ctypes\nctypes.CDLL(None).syscall(0x40000000 + 39)\nreturn True"),
+    _body("system call of another architecture", "forbidden error", """
+        import ctypes, mmap
+        page = mmap.mmap(-1, 4096, prot=7)
+        page.write(bytes.fromhex('b802000000cd80c3'))  # mov eax, 2; int 0x80; ret: fork, by the 32-bit entry
+        ctypes.CFUNCTYPE(ctypes.c_int)(ctypes.addressof(ctypes.c_char.from_buffer(page)))()
+        return True
+    """),
     _body("io_uring", "forbidden", "import ctypes\nctypes.CDLL(None).syscall(425, 8, ctypes.create_string_buffer(200))\nreturn True"),
     _body("ptrace its parent", "forbidden", "import ctypes, os\nctypes.CDLL(None).ptrace(16, os.getppid(), 0, 0)\nreturn True"),
     _body("new namespaces", "forbidden", "import ctypes\nctypes.CDLL(None).unshare(0x10000000)\nreturn True"),
