@@ -12,10 +12,10 @@ from tasks.sandbox_pool import ATTEMPTS, Pool, Setup
 from tests.sandbox.attacks import ATTACKS, Attack
 from tests.sandbox.running import MARK, TOLD, processes
 
-pytestmark = pytest.mark.flow
-
 # Each weaker level as well, with the proofs that take long.
-LEVELS = [ATTEMPTS[0], *(pytest.param(layers, marks=pytest.mark.slow) for layers in ATTEMPTS[1:])]
+LEVELS = [
+    pytest.param(layers, marks=pytest.mark.slow if place else pytest.mark.flow) for place, layers in enumerate(ATTEMPTS)
+]
 SECRET = "hunter2-of-this-machine"
 PROBE = ("def evaluate(response):\n    return response.count('a') == 2\n", ("banana", "papaya", "salad", ""))
 PROBED = ["failed", "failed", "passed", "failed"]  # 3, 3, 2 and 0 times the letter a
@@ -103,12 +103,23 @@ def test_an_attack_costs_its_own_rows_only(attack: Attack, machine: Machine, poo
 
 
 # What is denied by number as well as by the functions above: x86_64's.
-DENIED = ["fork", "57", "vfork", "58", "clone", "56", "clone3", "435", "execve", "59", "execveat", "322", "kill", "62", "tkill", "200", "tgkill", "234", "ptrace", "101", "process_vm_readv", "310", "process_vm_writev", "311", "pidfd_open", "434", "pidfd_getfd", "438", "pidfd_send_signal", "424", "open", "2", "openat", "257", "openat2", "437", "creat", "85", "open_by_handle_at", "304", "memfd_create", "319", "socket", "41", "socketpair", "53", "connect", "42", "sendto", "44", "bind", "49", "io_uring_setup", "425", "bpf", "321", "perf_event_open", "298", "userfaultfd", "323", "unshare", "272", "setns", "308", "mount", "165", "umount2", "166", "pivot_root", "155", "chroot", "161", "chdir", "80", "unlink", "87", "rename", "82", "mkdir", "83", "chmod", "90", "truncate", "76", "ftruncate", "77", "link", "86", "setuid", "105", "setresuid", "117", "setsid", "112", "setpgid", "109", "capset", "126", "keyctl", "250", "add_key", "248", "shmget", "29", "msgget", "68", "semget", "64", "mq_open", "240", "personality", "135", "seccomp", "317", "init_module", "175", "kexec_load", "246", "reboot", "169", "iopl", "172", "modify_ldt", "154", "pipe", "22", "pipe2", "293", "eventfd2", "290", "timerfd_create", "283", "epoll_create1", "291", "inotify_init1", "294", "fanotify_init", "300", "splice", "275", "sendfile", "40", "setpriority", "141", "sched_setaffinity", "203", "sched_setscheduler", "144", "recvmsg", "47", "an_unknown_one", "999"]
+DENIED = """
+    fork 57  vfork 58  clone 56  clone3 435  execve 59  execveat 322  kill 62  tkill 200  tgkill 234  ptrace 101
+    process_vm_readv 310  process_vm_writev 311  pidfd_open 434  pidfd_getfd 438  pidfd_send_signal 424  open 2
+    openat 257  openat2 437  creat 85  open_by_handle_at 304  memfd_create 319  socket 41  socketpair 53
+    connect 42  sendto 44  bind 49  io_uring_setup 425  bpf 321  perf_event_open 298  userfaultfd 323
+    unshare 272  setns 308  mount 165  umount2 166  pivot_root 155  chroot 161  chdir 80  unlink 87  rename 82
+    mkdir 83  chmod 90  truncate 76  ftruncate 77  link 86  setuid 105  setresuid 117  setsid 112  setpgid 109
+    capset 126  keyctl 250  add_key 248  shmget 29  msgget 68  semget 64  mq_open 240  personality 135
+    seccomp 317  init_module 175  kexec_load 246  reboot 169  iopl 172  modify_ldt 154  pipe 22  pipe2 293
+    eventfd2 290  timerfd_create 283  epoll_create1 291  inotify_init1 294  fanotify_init 300  splice 275
+    sendfile 40  setpriority 141  sched_setaffinity 203  sched_setscheduler 144  recvmsg 47  an_unknown_one 999
+"""
 
 
 @pytest.mark.skipif(platform.machine() != "x86_64", reason="the numbers are x86_64's")
 def test_each_denied_system_call_ends_the_process(pool: Pool) -> None:
     source = "import ctypes\ndef evaluate(response):\n    ctypes.CDLL(None).syscall(int(response), 0, 0, 0, 0, 0, 0)\n"
-    requests = [(source, (number,)) for number in DENIED[1::2]]
-    found = [row[0][0] for row in pool.run(requests, TOLD)]
-    assert dict(zip(DENIED[::2], found, strict=True)) == dict.fromkeys(DENIED[::2], "forbidden")
+    names, numbers = DENIED.split()[::2], DENIED.split()[1::2]
+    found = [row[0][0] for row in pool.run([(source, (number,)) for number in numbers], TOLD)]
+    assert dict(zip(names, found, strict=True)) == dict.fromkeys(names, "forbidden")
