@@ -47,6 +47,13 @@ class Walls(NamedTuple):
     memory: Callable[[], int | None]  # bytes of address space now; None: unknown
 
 
+class Stop(NamedTuple):
+    """Why a child is killed, and the call it was at then."""
+
+    answer: Answer
+    position: tuple[int, int]
+
+
 class Batch:
     """Verifiers under way: what is known of each call, and where a child is."""
 
@@ -69,10 +76,13 @@ class Batch:
         self.answers[self.at].append(answer)
         self._skip_finished()
 
-    def charge(self, verifier: int, answer: Answer, *, give_up: bool = False) -> None:
-        """One call of this verifier ended its process; after too many, or when told so, all others count the same."""
-        if verifier != self.at:
-            return
+    def position(self) -> tuple[int, int]:
+        """The next call: its verifier, and its number there."""
+        return self.at, len(self.answers[self.at])
+
+    def charge(self, answer: Answer, *, give_up: bool = False) -> None:
+        """The next call ended its process; after too many, or when told so, the verifier's other calls count the same."""
+        verifier = self.at
         outcome, detail = answer
         self.answers[verifier].append(answer)
         self.kills[verifier] += 1
@@ -102,7 +112,7 @@ class Watch:
     def run(self) -> None:
         """Let it call what it may, and charge what it was stopped for."""
         batch = self.batch
-        before = (batch.at, len(batch.answers[batch.at]))
+        before = batch.position()
         memory = self.walls.memory()
         self.reader, writer = os.pipe()
         self.pid = os.fork()
@@ -111,14 +121,14 @@ class Watch:
         os.close(writer)
         os.set_blocking(self.reader, False)
         self.clock = (~self.pid << 3) | 2  # its CPU clock, CPUCLOCK_SCHED
-        verdict: Answer | None = None
+        stop: Stop | None = None
         try:
-            verdict = self._wait()
+            stop = self._wait()
         finally:
             status = self._end()
             self._drain()
             os.close(self.reader)
-        self._settle(before, verdict, status)
+        self._settle(before, stop, status)
 
     def _be_child(self, writer: int, memory: int | None) -> NoReturn:
         leave, status = os._exit, FAULT
@@ -148,7 +158,7 @@ class Watch:
             layers.lower_limit(resource.RLIMIT_NPROC, 0)
             layers.lower_limit(resource.RLIMIT_NOFILE, 16)
 
-    def _wait(self) -> Answer | None:
+    def _wait(self) -> Stop | None:
         """Why it must be killed, or None when it ended by itself."""
         poll = select.poll()
         poll.register(self.reader, 0)  # wakes up at its death alone
@@ -162,19 +172,16 @@ class Watch:
             if self.reader in events:
                 return None
             self._drain()
-            if self.violated:
+            if self.violated or self._done():
                 return None
             now, cpu = time.monotonic(), self._cpu()
             batch = self.batch
-            if batch.at >= len(batch.tasks):
-                continue
-            at = (batch.at, len(batch.answers[batch.at]))
-            if at != seen:
-                seen, call_wall, call_cpu = at, now, cpu
+            if batch.position() != seen:
+                seen, call_wall, call_cpu = batch.position(), now, cpu
             batch.spent[batch.at] += now - last
             last = now
             if answer := self._overdue(now - call_wall, cpu - call_cpu, batch.spent[batch.at]):
-                return answer
+                return Stop(answer, batch.position())
 
     def _overdue(self, wall: float, cpu: float, spent: float) -> Answer | None:
         if cpu > self.limits["cpu_seconds"]:
@@ -212,7 +219,7 @@ class Watch:
             except BlockingIOError:
                 return
             if not part:
-                self.violated |= bool(self.rest) and not self.batch_done()
+                self.violated = bool(self.rest)
                 return
             self.rest += part
             whole = len(self.rest) - len(self.rest) % RECORD.size
@@ -222,9 +229,10 @@ class Watch:
                     return
             self.rest = self.rest[whole:]
 
-    def batch_done(self) -> bool:
-        """Whether every call has its answer."""
-        return self.batch.at >= len(self.batch.tasks)
+    def _done(self) -> bool:
+        """Whether nothing that this child still does counts."""
+        batch = self.batch
+        return batch.at >= len(batch.tasks) or (self.locked and self.entered != batch.at)
 
     def _take(self, token: bytes, kind: bytes, verifier: int, call: int, outcome: int, size: int, text: bytes) -> bool:
         """Believe one record, or say False where it is none that this child may send."""
@@ -246,28 +254,29 @@ class Watch:
             return True
         return False
 
-    def _settle(self, before: tuple[int, int], verdict: Answer | None, status: int) -> None:
+    def _settle(self, before: tuple[int, int], stop: Stop | None, status: int) -> None:
         batch = self.batch
-        if self.batch_done():
+        if self._done():
             return
-        progress = (batch.at, len(batch.answers[batch.at])) != before
-        current = self.entered if self.locked and self.entered is not None else batch.at
         if self.violated:
-            batch.charge(current, (INVALID, "wrote to the result channel"), give_up=True)
-        elif verdict is not None:
-            whole = batch.spent[batch.at] > self.limits["verifier_seconds"]
-            batch.charge(current, verdict, give_up=whole)
+            batch.charge((INVALID, "wrote to the result channel"), give_up=True)
+        elif stop is not None:
+            if stop.position == batch.position():  # else its answer came at the last moment
+                batch.charge(stop.answer, give_up=batch.spent[batch.at] > self.limits["verifier_seconds"])
         elif os.WIFSIGNALED(status):
-            batch.charge(current, self._death(os.WTERMSIG(status)))
-        elif os.WEXITSTATUS(status) or not progress:
-            code = os.WEXITSTATUS(status)
-            batch.charge(current, (MEMORY if code == MEMORY else ERROR, f"its process exited with status {code}"))
+            batch.charge(self._death(os.WTERMSIG(status)))
+        elif code := os.WEXITSTATUS(status):
+            batch.charge((MEMORY if code == MEMORY else ERROR, f"its process exited with status {code}"))
+        elif before == batch.position():
+            batch.charge((ERROR, "its process exited with status 0"))
 
     def _death(self, number: int) -> Answer:
         if number == signal.SIGSYS:
             return FORBIDDEN, f"not allowed in the sandbox{f': {self.note}' if self.note else ''}"
         if number == signal.SIGXCPU:
             return TIMEOUT, "used all its CPU time"
+        if number == signal.SIGKILL:  # not by us
+            return MEMORY, "its process was killed from outside, as for want of memory"
         return ERROR, f"its process was ended by {signal.Signals(number).name if number < 32 else f'signal {number}'}"
 
 

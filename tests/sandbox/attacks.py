@@ -207,6 +207,24 @@ CHANNEL = [
     _body("another file as result channel", "error", "import os\nos.dup2(1, 3)\nreturn True"),
     _body("closing standard output", "passed failed error", "import sys\nsys.stdout.close()\nsys.stderr.close()\nreturn True"),
     _body("reading standard input", "error", "return input() == ''"),
+    _body("its own records, then a loop", "passed", """
+        import sys, struct, os
+        frame = sys._getframe()
+        while 'number' not in frame.f_locals or 'start' not in frame.f_locals: frame = frame.f_back
+        token, number = frame.f_locals['start'].token, frame.f_locals['number']
+        for call in range(2):
+            os.write(3, struct.pack('>16scIIBB160s', token, b'V', number, call, 0, 0, b''))
+        while True: pass
+    """),
+    _body("its own records, then its death", "passed", """
+        import sys, struct, os
+        frame = sys._getframe()
+        while 'number' not in frame.f_locals or 'start' not in frame.f_locals: frame = frame.f_back
+        token, number = frame.f_locals['start'].token, frame.f_locals['number']
+        for call in range(2):
+            os.write(3, struct.pack('>16scIIBB160s', token, b'V', number, call, 0, 0, b''))
+        os.kill(os.getppid(), 9)
+    """),
     _body("records for another verifier", "invalid passed", """
         import sys, struct, os
         frame = sys._getframe()
