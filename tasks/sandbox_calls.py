@@ -26,10 +26,14 @@ GROWTH_KIB = 64 * 1024  # a process that held so much more than at its start is 
 
 FILENAME = "<verifier>"
 _GENERATOR_FLAGS = {0x20: "a generator", 0x80: "a coroutine", 0x200: "an asynchronous generator"}
-_REACHING = (
-    "asyncio concurrent ftplib http imaplib multiprocessing nntplib poplib pty selectors smtplib socketserver sqlite3 ssl "
-    "telnetlib urllib webbrowser xmlrpc dbm shelve"
-).split()  # not loaded, for all they are for is files, processes and the network
+# Not loaded, for all they are for is files, processes and the network.
+_REACHING = frozenset(
+    {
+        "asyncio", "concurrent", "ftplib", "http", "imaplib", "multiprocessing", "nntplib", "poplib", "pty",
+        "selectors", "smtplib", "socketserver", "sqlite3", "ssl", "telnetlib", "urllib", "webbrowser", "xmlrpc",
+        "dbm", "shelve",
+    }
+)  # fmt: skip
 _NOTED = ("open", "socket.", "os.", "subprocess.", "signal.", "ctypes.dl", "mmap.", "shutil.", "_thread.", "pty.")
 
 Answer = tuple[int, str]

@@ -19,6 +19,10 @@ class Grade(IntEnum):
     INTRUSIVE = 2  # nothing: it could leave a trace in the interpreter that its next call would see
 
 
+def _words(text: str) -> set[str]:
+    return set(text.split())
+
+
 _STATEMENTS = (
     ast.Module, ast.FunctionDef, ast.Return, ast.Assign, ast.AugAssign, ast.AnnAssign, ast.For, ast.While, ast.If,
     ast.Raise, ast.Try, ast.Assert, ast.Import, ast.ImportFrom, ast.Global, ast.Nonlocal, ast.Expr, ast.Pass, ast.Break,
@@ -48,11 +52,12 @@ _MODULES = {
     "functools": "reduce partial lru_cache cache cmp_to_key",
     "unicodedata": "normalize category name combining east_asian_width bidirectional numeric lookup",
     "textwrap": "dedent wrap fill shorten indent",
-    "datetime": "datetime date time timedelta timezone strptime strftime fromisoformat isoformat weekday year month day "
-    "hour minute second days total_seconds utc",
+    "datetime": "datetime date time timedelta timezone strptime strftime fromisoformat isoformat weekday year month "
+    "day hour minute second days total_seconds utc",
     "statistics": "mean median mode stdev pstdev variance fmean",
     "difflib": "SequenceMatcher ratio get_close_matches",
     "html": "escape unescape",
+    "hashlib": "md5 sha1 sha256 sha512 hexdigest digest",
     "typing": "Any List Dict Tuple Set Optional Union Callable Iterable Iterator Sequence Mapping",
     "__future__": "annotations",
 }
@@ -61,14 +66,16 @@ _METHODS = {
     for kind in (str, bytes, int, float, list, dict, set, frozenset, tuple, range)
     for name in dir(kind)
     if not name.startswith("_")
-} | set("group groups groupdict start end span string lastindex most_common elements subtract total appendleft "
-        "extendleft popleft rotate maxlen args msg pos lineno colno move_to_end".split())  # fmt: skip
+} | _words(
+    "group groups groupdict start end span string lastindex most_common elements subtract total appendleft extendleft "
+    "popleft rotate maxlen args msg pos lineno colno move_to_end"
+)
 _PLAIN_ATTRIBUTES = _METHODS | {name for names in _MODULES.values() for name in names.split()}
-_OPEN_BUILTINS = (
-    "__import__ open eval exec compile globals locals vars getattr setattr delattr hasattr dir object super classmethod "
-    "staticmethod property memoryview input breakpoint help id exit quit license credits copyright type aiter anext "
-    "__build_class__ __loader__ __spec__ __debug__ __doc__ __name__ __package__"
-).split()
+_OPEN_BUILTINS = _words(
+    "__import__ open eval exec compile globals locals vars getattr setattr delattr hasattr dir object super "
+    "classmethod staticmethod property memoryview input breakpoint help id exit quit license credits copyright type "
+    "aiter anext __build_class__ __loader__ __spec__ __debug__ __doc__ __package__"
+)
 _PLAIN_BUILTINS = set(dir(builtins)).difference(_OPEN_BUILTINS)
 
 # Of these nothing that a verifier does outlives its call, though it may reach further than a plain one.
@@ -78,9 +85,9 @@ _ORDINARY_MODULES = {
     "time", "xml.etree.ElementTree", "zlib", "binascii", "hmac", "struct", "urllib.parse", "html.parser",
     "numpy", "collections.abc",
 }  # fmt: skip
-_ORDINARY_DUNDERS = set(
+_ORDINARY_DUNDERS = _words(
     "__init__ __name__ __str__ __repr__ __len__ __iter__ __next__ __contains__ __getitem__ __eq__ __hash__ __lt__ "
-    "__call__ __enter__ __exit__ __post_init__ __main__ __bool__ __le__ __gt__ __ge__ __add__ __doc__".split()
+    "__call__ __enter__ __exit__ __post_init__ __main__ __bool__ __le__ __gt__ __ge__ __add__ __doc__"
 )
 _INTRUSIVE_BUILTINS = {
     "__import__", "eval", "exec", "compile", "globals", "locals", "vars", "getattr", "setattr", "delattr", "open",
@@ -118,7 +125,9 @@ def _is_plain(node: ast.AST) -> bool:
 
 
 def _is_plain_name(name: str) -> bool:
-    return not name.startswith("__") and (name in _PLAIN_BUILTINS or not hasattr(builtins, name))
+    return name == "__name__" or (
+        not name.startswith("__") and (name in _PLAIN_BUILTINS or not hasattr(builtins, name))
+    )
 
 
 def _is_plain_alias(item: ast.alias) -> bool:

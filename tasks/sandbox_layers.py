@@ -5,10 +5,13 @@ call the kernel refused, where it cannot be had. Linux on x86_64 was tested; the
 kernel's header and were not run.
 """
 
+import contextlib
 import ctypes
 import errno
+import functools
 import os
 import platform
+import resource
 import struct
 
 NOBODY = 65534
@@ -67,12 +70,10 @@ def empty_root() -> None:
 def drop_privileges() -> None:
     """Be nobody, without capabilities, for good; no process of this user can then trace us."""
     if os.geteuid() == 0:
-        try:
+        with contextlib.suppress(PermissionError):  # a root that may not even do that has little to give up
             os.setgroups([])
             os.setresgid(NOBODY, NOBODY, NOBODY)
             os.setresuid(NOBODY, NOBODY, NOBODY)
-        except OSError as error:
-            raise OSError(error.errno, "giving up root: setresuid") from error
     header, none = struct.pack("=Ii", 0x20080522, 0), bytes(24)
     _check(_libc().capset(header, none), "capset")
     _prctl(_NO_NEW_PRIVS, 1)
@@ -98,6 +99,12 @@ def adopt_orphans() -> None:
     _prctl(_SUBREAPER, 1)
 
 
+def lower_limit(limit: int, value: int) -> None:
+    """A resource limit for good, unless it is lower already or not known here."""
+    with contextlib.suppress(OSError, ValueError):
+        resource.setrlimit(limit, (value, value))
+
+
 def die_with_parent() -> None:
     """Be killed when the process that forked us ends (it must have one thread)."""
     _prctl(_PDEATHSIG, 9)
@@ -121,8 +128,7 @@ class Filter:
         self._call = _libc().prctl
 
     def put_on(self) -> None:
-        """For this process and for good."""
-        _prctl(_NO_NEW_PRIVS, 1)
+        """For this process and for good; privileges were dropped before."""
         _check(self._call(_SECCOMP, 2, ctypes.byref(self._header), 0, 0), "prctl(PR_SET_SECCOMP)")
 
 
@@ -156,6 +162,7 @@ def _numbers(table: str, column: int) -> list[int]:
     return [int(number) for number in (word.split("/")[column] for word in words) if number != "-"]
 
 
+@functools.cache
 def _libc() -> ctypes.CDLL:
     return ctypes.CDLL(None, use_errno=True)
 

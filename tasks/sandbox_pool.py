@@ -1,4 +1,4 @@
-"""The sandbox's child programs, kept warm: started at the strongest level that holds, watched, and replaced when lost."""
+"""The sandbox's child programs, kept warm: started at the strongest level that holds, and replaced when lost."""
 
 import contextlib
 import json
@@ -15,7 +15,8 @@ from typing import Any, NamedTuple
 from tasks.sandbox_calls import OUTCOMES
 from tasks.sandbox_selftest import ATTACKS, CANARY, CANARY_OUTCOMES, CANARY_RESPONSES
 
-PROGRAM = Path(__file__).with_name("sandbox_zygote.py")
+REPOSITORY = str(Path(__file__).parents[1])
+PROGRAM = "import sys; sys.path.insert(0, sys.argv.pop()); from tasks.sandbox_zygote import main; main()"
 ALL_LAYERS = ("namespaces", "landlock", "seccomp")
 ATTEMPTS: tuple[tuple[str, ...], ...] = (ALL_LAYERS, ("landlock", "seccomp"), ("seccomp",))
 UNSANDBOXED = "none"
@@ -55,7 +56,7 @@ class Worker:
     def __init__(self, layers: Sequence[str], preload: Sequence[str]) -> None:
         # -P, -s, -S and an environment of ours isolate like -I, which would ignore PYTHONHASHSEED: with it, a verifier
         # that depends on the order of a set gives the same verdict today and tomorrow.
-        command = [sys.executable, "-P", "-s", "-S", "-B", "-X", "utf8", str(PROGRAM)]
+        command = [sys.executable, "-P", "-s", "-S", "-B", "-X", "utf8", "-c", PROGRAM, REPOSITORY]
         environment = {"LC_ALL": "C.UTF-8", "TZ": "UTC0", "PYTHONHASHSEED": "0", "OPENBLAS_NUM_THREADS": "1"}
         self._errors = tempfile.TemporaryFile()  # noqa: SIM115 - closed with the worker
         self._process = subprocess.Popen(
@@ -186,8 +187,8 @@ class Pool:
             self._attempt([], limits)
         except WorkerLost as error:
             raise SandboxError(
-                f"the sandbox ({self.level}) lost a worker that ran nothing but a verifier with a known verdict: {error}; "
-                "look for a shortage of memory or processes on this machine, then run again"
+                f"the sandbox ({self.level}) lost a worker that ran only the verifier with known verdicts: {error}"
+                "; look for a shortage of memory or processes on this machine, then run again"
             ) from error
         return [("error", f"the sandbox was lost twice on this verifier: {reason}"[: limits["detail_length"]])] * len(
             request[1]
@@ -252,7 +253,7 @@ class Pool:
         reasons = "\n".join(f"  {fault}" for fault in faults)
         raise SandboxError(
             f"no sandbox for generated code on this machine; tried\n{reasons}\n"
-            "Run on Linux (x86_64) where seccomp is allowed - a container needs no more than Docker's default profile - "
+            "Run on Linux (x86_64) where seccomp is allowed (in a container, Docker's default profile will do) "
             "or, if you trust whoever writes the verifiers with all that this user may do, pass --allow-unsandboxed."
         )
 

@@ -1,4 +1,4 @@
-"""Attacks with a known outcome, run before a sandbox is believed in, and a verifier with a known verdict for ever after."""
+"""Attacks with a known outcome, run before a sandbox is believed in, and a verifier with known verdicts."""
 
 from typing import NamedTuple
 
@@ -43,9 +43,10 @@ from collections import Counter
 def evaluate(response):
     words = re.findall(r"[a-z]+", json.loads(response)["text"].lower())
     return (
-        len(words) == 4 and Counter(words).most_common(1)[0] == ("tit", 2) and sorted(set(words)) == ["for", "tat", "tit"]
-        and "".join(filter(str.isalpha, "a-1")) == "a" and isinstance(response, str) and string.digits == "0123456789"
-        and sum(map(int, "123")) == 6 and any([0, 1]) and not all([0, 1]) and max(2, 3) == 3
+        len(words) == 4 and Counter(words).most_common(1)[0] == ("tit", 2)
+        and sorted(set(words)) == ["for", "tat", "tit"] and "".join(filter(str.isalpha, "a-1")) == "a"
+        and isinstance(response, str) and string.digits == "0123456789" and sum(map(int, "123")) == 6
+        and any([0, 1]) and not all([0, 1]) and max(2, 3) == 3
     )
 """
 CANARY_RESPONSES = ('{"text": "Tit for tat, tit"}', '{"text": "Tit for tat"}', '{"text": ')

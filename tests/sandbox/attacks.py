@@ -1,3 +1,4 @@
+# ruff: noqa: E501 - a verifier a line reads better than one over four
 """Hostile verifiers, and the outcomes that show each was held. All are called with two responses, "one" and "two".
 
 `@NAME@` in a source is replaced by what the test prepared: a file with a secret, a port somebody listens on, ...
@@ -143,6 +144,13 @@ PROCESSES = [
     _body("fork by ctypes", "forbidden", "import ctypes\nctypes.CDLL(None).fork()\nreturn True"),
     _body("raw system call", "forbidden", "import ctypes\nctypes.CDLL(None).syscall(57)\nctypes.CDLL(None).syscall(220)\nreturn True"),
     _body("system call of another ABI", "forbidden", "import ctypes\nctypes.CDLL(None).syscall(0x40000000 + 39)\nreturn True"),
+    _body("system call of another architecture", "forbidden error", """
+        import ctypes, mmap
+        page = mmap.mmap(-1, 4096, prot=7)
+        page.write(bytes.fromhex('b802000000cd80c3'))  # mov eax, 2; int 0x80; ret: fork, by the 32-bit entry
+        ctypes.CFUNCTYPE(ctypes.c_int)(ctypes.addressof(ctypes.c_char.from_buffer(page)))()
+        return True
+    """),
     _body("io_uring", "forbidden", "import ctypes\nctypes.CDLL(None).syscall(425, 8, ctypes.create_string_buffer(200))\nreturn True"),
     _body("ptrace its parent", "forbidden", "import ctypes, os\nctypes.CDLL(None).ptrace(16, os.getppid(), 0, 0)\nreturn True"),
     _body("new namespaces", "forbidden", "import ctypes\nctypes.CDLL(None).unshare(0x10000000)\nreturn True"),
@@ -199,6 +207,24 @@ CHANNEL = [
     _body("another file as result channel", "error", "import os\nos.dup2(1, 3)\nreturn True"),
     _body("closing standard output", "passed failed error", "import sys\nsys.stdout.close()\nsys.stderr.close()\nreturn True"),
     _body("reading standard input", "error", "return input() == ''"),
+    _body("its own records, then a loop", "passed", """
+        import sys, struct, os
+        frame = sys._getframe()
+        while 'number' not in frame.f_locals or 'start' not in frame.f_locals: frame = frame.f_back
+        token, number = frame.f_locals['start'].token, frame.f_locals['number']
+        for call in range(2):
+            os.write(3, struct.pack('>16scIIBB160s', token, b'V', number, call, 0, 0, b''))
+        while True: pass
+    """),
+    _body("its own records, then its death", "passed", """
+        import sys, struct, os
+        frame = sys._getframe()
+        while 'number' not in frame.f_locals or 'start' not in frame.f_locals: frame = frame.f_back
+        token, number = frame.f_locals['start'].token, frame.f_locals['number']
+        for call in range(2):
+            os.write(3, struct.pack('>16scIIBB160s', token, b'V', number, call, 0, 0, b''))
+        os.kill(os.getppid(), 9)
+    """),
     _body("records for another verifier", "invalid passed", """
         import sys, struct, os
         frame = sys._getframe()

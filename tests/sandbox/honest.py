@@ -1,3 +1,4 @@
+# ruff: noqa: E501 - a verifier a line reads better than one over four
 """Verifiers as a model writes them for instructions, and the verdicts worked out by hand: + passed, - failed, ! error."""
 
 from textwrap import dedent
@@ -50,7 +51,7 @@ HONEST = [
     _line("close to a text", "difflib.SequenceMatcher(None, response, 'hello').ratio() > 0.7", "hallo", "world", signs="+-", imports="import difflib"),
     _line("one of two strings", "response in ('yes', 'no') and isinstance(response, str)", "yes", "maybe", signs="+-"),
     _line("every other word capitalised", "all(w.isupper() == (i % 2 == 1) for i, w in enumerate(response.split()))", "a B c D", "A b", signs="+-"),
-    _line("a hash", "hashlib.md5(response.encode()).hexdigest().startswith('9')", "a", "hello", signs="--", imports="import hashlib"),
+    _line("a hash", "hashlib.md5(response.encode()).hexdigest().startswith('5')", "a", "hello", signs="-+", imports="import hashlib"),
     _line("longest run of a letter", "max((len(list(g)) for _, g in itertools.groupby(response)), default=0) <= 2", "aabb", "aaab", "", signs="+-+", imports="import itertools"),
     _line("product of digits", "functools.reduce(lambda a, b: a * b, (int(c) for c in response if c.isdigit()), 1) == 24", "2, 3 and 4", "24", signs="+-", imports="import functools"),
     _honest("a JSON object with two keys", """

@@ -1,24 +1,23 @@
 """Each hostile verifier is held: its outcome, what it would have left behind, and the sandbox right after it."""
 
 import os
+import platform
 import socket
 from collections.abc import Iterator
 from pathlib import Path
 
-import psutil
 import pytest
 
-from tasks import sandbox_pool
-from tasks.sandbox import Job, Limits, Verdict
-from tasks.sandbox_pool import Pool, Setup
+from tasks.sandbox_pool import ATTEMPTS, Pool, Setup
 from tests.sandbox.attacks import ATTACKS, Attack
+from tests.sandbox.running import MARK, TOLD, processes
 
-pytestmark = pytest.mark.flow
-
+# Each weaker level as well, with the proofs that take long.
+LEVELS = [
+    pytest.param(layers, marks=pytest.mark.slow if place else pytest.mark.flow) for place, layers in enumerate(ATTEMPTS)
+]
 SECRET = "hunter2-of-this-machine"
-MARK = 98_761  # an argument that only a command started by an attack has
-LIMITS = Limits(cpu_seconds=0.2, wall_seconds=1.0, verifier_seconds=5.0, memory_mb=64)
-PROBE = Job("def evaluate(response):\n    return response.count('a') == 2\n", ("banana", "papaya", "salad", ""))
+PROBE = ("def evaluate(response):\n    return response.count('a') == 2\n", ("banana", "papaya", "salad", ""))
 PROBED = ["failed", "failed", "passed", "failed"]  # 3, 3, 2 and 0 times the letter a
 RESPONSES = ("one", "two")
 
@@ -79,40 +78,48 @@ def machine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Machine]:
         machine.close()
 
 
-@pytest.fixture(scope="module")
-def pool(machine: Machine) -> Iterator[Pool]:
-    pool = Pool(Setup())
+@pytest.fixture(scope="module", params=LEVELS, ids="+".join)
+def pool(machine: Machine, request: pytest.FixtureRequest) -> Iterator[Pool]:
+    pool = Pool(Setup(), [request.param])
     yield pool
     pool.close()
-
-
-def processes() -> set[int]:
-    """The processes of this checkout's sandboxes, and commands that an attack started."""
-    program = str(sandbox_pool.PROGRAM)
-    listed = ((one.pid, one.info["cmdline"] or []) for one in psutil.process_iter(["cmdline"]))
-    return {pid for pid, command in listed if program in command or str(MARK) in command}
-
-
-def ask(pool: Pool, *jobs: Job, share: int = 25) -> list[list[Verdict]]:
-    """Verdicts of one batch."""
-    names = ("cpu_seconds", "wall_seconds", "verifier_seconds", "memory_mb", "detail_length")
-    told = {"share": share, **{name: getattr(LIMITS, name) for name in names}}
-    return [[Verdict(outcome, detail, pool.level) for outcome, detail in row] for row in pool.run(jobs, told)]  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("attack", [pytest.param(one, id=one.name.replace(" ", "-")) for one in ATTACKS])
 def test_an_attack_costs_its_own_rows_only(attack: Attack, machine: Machine, pool: Pool) -> None:
     before, parent = processes(), os.getppid()
     replaced = pool.replaced
-    ahead, attacked, behind = ask(pool, PROBE, Job(machine.aim(attack.source), RESPONSES), PROBE)
-    found = tuple(verdict.outcome for verdict in attacked)
+    ahead, attacked, behind = pool.run([PROBE, (machine.aim(attack.source), RESPONSES), PROBE], TOLD)
+    found = tuple(outcome for outcome, _ in attacked)
     assert found in attack.outcomes, attacked
-    assert [verdict.outcome for verdict in ahead] == PROBED
-    assert [verdict.outcome for verdict in behind] == PROBED
-    assert [verdict.outcome for verdict in ask(pool, PROBE)[0]] == PROBED
-    assert not any(SECRET in verdict.detail for verdict in attacked)
-    assert all(len(verdict.detail) <= LIMITS.detail_length for verdict in attacked)
+    assert [outcome for outcome, _ in ahead] == PROBED
+    assert [outcome for outcome, _ in behind] == PROBED
+    assert [outcome for outcome, _ in pool.run([PROBE], TOLD)[0]] == PROBED
+    assert not any(SECRET in detail or len(detail) > 160 for _, detail in attacked)
     assert pool.replaced == replaced  # not even the worker was lost
     assert processes() == before
     assert os.getppid() == parent
     machine.check_untouched()
+
+
+# What is denied by number as well as by the functions above: x86_64's.
+DENIED = """
+    fork 57  vfork 58  clone 56  clone3 435  execve 59  execveat 322  kill 62  tkill 200  tgkill 234  ptrace 101
+    process_vm_readv 310  process_vm_writev 311  pidfd_open 434  pidfd_getfd 438  pidfd_send_signal 424  open 2
+    openat 257  openat2 437  creat 85  open_by_handle_at 304  memfd_create 319  socket 41  socketpair 53
+    connect 42  sendto 44  bind 49  io_uring_setup 425  bpf 321  perf_event_open 298  userfaultfd 323
+    unshare 272  setns 308  mount 165  umount2 166  pivot_root 155  chroot 161  chdir 80  unlink 87  rename 82
+    mkdir 83  chmod 90  truncate 76  ftruncate 77  link 86  setuid 105  setresuid 117  setsid 112  setpgid 109
+    capset 126  keyctl 250  add_key 248  shmget 29  msgget 68  semget 64  mq_open 240  personality 135
+    seccomp 317  init_module 175  kexec_load 246  reboot 169  iopl 172  modify_ldt 154  pipe 22  pipe2 293
+    eventfd2 290  timerfd_create 283  epoll_create1 291  inotify_init1 294  fanotify_init 300  splice 275
+    sendfile 40  setpriority 141  sched_setaffinity 203  sched_setscheduler 144  recvmsg 47  an_unknown_one 999
+"""
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="the numbers are x86_64's")
+def test_each_denied_system_call_ends_the_process(pool: Pool) -> None:
+    source = "import ctypes\ndef evaluate(response):\n    ctypes.CDLL(None).syscall(int(response), 0, 0, 0, 0, 0, 0)\n"
+    names, numbers = DENIED.split()[::2], DENIED.split()[1::2]
+    found = [row[0][0] for row in pool.run([(source, (number,)) for number in numbers], TOLD)]
+    assert dict(zip(names, found, strict=True)) == dict.fromkeys(names, "forbidden")
