@@ -1,5 +1,7 @@
 """The sub-commands that put stored policies to work outside a run: evaluate, view-logprobs."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
@@ -7,9 +9,10 @@ from typing import Annotated
 import typer
 from rich.table import Table
 
-from flows.console import HomeOption, JsonOption, fail, out, print_json, use_home
+from flows.console import HomeOption, JsonOption, err, fail, out, print_json, use_home
 from flows.presets import Preset, PresetError
-from models.engine import EngineConfigurationError, EngineError
+from flows.terminal import Lines
+from models.engine import EngineError
 from models.specs import EngineSettings, ModelRef, PromptTemplate, Settings
 from storage.datasets import DatasetError, read_manifest, read_rows
 from storage.rows import BenchmarkMetric
@@ -44,17 +47,11 @@ def evaluate(
     settings = read_measuring(preset, set_, task, limit)
     if settings.benchmarks is None:
         fail(f"{preset} has no `benchmarks` section; add one, or name benchmarks with --task", 2)
-    from models.harness import BenchmarkError
     from tasks.benchmarking import evaluate_benchmarks
-    from tasks.serving import close_engines
 
     named = named_policy(policy)
-    try:
+    with _working("The evaluation"):
         metrics = evaluate_benchmarks(named, settings.template, settings.benchmarks, settings.engine)
-    except (BenchmarkError, DatasetError, EngineError, EngineConfigurationError) as error:
-        fail(f"The evaluation failed: {error}\nWhat is answered is kept; run the same command again to go on.", 1)
-    finally:
-        close_engines()
     rows = list(read_rows(metrics, BenchmarkMetric))
     samples = [parent.name for parent in read_manifest(metrics).parents]
     if json_:
@@ -64,6 +61,27 @@ def evaluate(
     for note in dict.fromkeys(row.note for row in rows if row.note):
         out.print(f"Note: {note}", soft_wrap=True)
     out.print(f"Figures: {metrics.name}\nAnswers: {', '.join(samples)}", soft_wrap=True)
+
+
+@contextmanager
+def _working(what: str) -> Iterator[None]:
+    """Show steps as they end, close the engines at the end, and turn what may go wrong into a message."""
+    from models.harness import BenchmarkError
+    from tasks.recording import listening
+    from tasks.serving import close_engines, stopping
+
+    stopping.clear()
+    with Lines(err) as lines, listening(lines):
+        try:
+            yield
+        except KeyboardInterrupt:
+            err.print("\nStopped; run the same command again to go on.", style="bold")
+            raise typer.Exit(130) from None
+        except (BenchmarkError, DatasetError, EngineError, ValueError, OSError) as error:
+            fail(f"{what} failed: {error}\nWhat is done is kept; run the same command again to go on.", 1)
+        finally:
+            stopping.set()
+            close_engines()
 
 
 def read_measuring(
@@ -132,19 +150,14 @@ def view_logprobs(
     """Show, as an HTML page, how much likelier each token of some rows is under one policy than under another."""
     use_home(home_)
     settings = read_measuring(preset, set_)
-    from tasks.serving import close_engines
     from tasks.showing import dataset_named
     from tasks.token_pages import write_page
     from tasks.viewing import Choice, view_logprobs
 
     choice, policies = Choice(rows=tuple(row or ()), first=first), (named_policy(policy), named_policy(reference))
-    try:
+    with _working("The view"):
         compared = view_logprobs(*policies, dataset_named(rows), choice, settings.template, settings.engine)
         written = write_page(compared, policy, reference, page)
-    except (DatasetError, EngineError, ValueError, OSError) as error:
-        fail(f"The view failed: {error}", 1)
-    finally:
-        close_engines()
     if json_:
         print_json({"page": str(written), "tokens": compared.name, "rows": compared.rows})
         return

@@ -32,7 +32,7 @@ class Lines:
         self._bar = Progress(
             TextColumn("  {task.description}"),
             BarColumn(bar_width=30),
-            TextColumn("{task.completed:,.0f}/{task.total:,.0f} rollouts  {task.fields[speed]}"),
+            TextColumn("{task.completed:,.0f}/{task.total:,.0f}  {task.fields[speed]}"),
             TimeRemainingColumn(compact=True),
             console=console,
             transient=True,
@@ -62,7 +62,7 @@ class Lines:
     def _step(self, record: StepRecord) -> None:
         if record.shard is not None and record.state == "completed":
             return  # the data set they make together gets a line
-        if record.step == "gather_rollouts" and self._task is not None:
+        if record.step.startswith(("gather_", "answer_")) and self._task is not None:
             self._bar.remove_task(self._task)
             self._task = None
         split = f"{record.split} " if record.split else ""
@@ -75,13 +75,11 @@ class Lines:
         if self._task is None:
             self._started, self._said = now, now
             self._task = self._bar.add_task(event.step, total=event.total, speed="")
-        speed = f"{event.tokens / max(now - self._started, 0.1):,.0f} tokens/s"
-        self._bar.update(self._task, completed=event.done, speed=speed)
+        speed = f"{event.tokens / max(now - self._started, 0.1):,.0f} tokens/s" if event.tokens else ""
+        self._bar.update(self._task, description=event.step, completed=event.done, total=event.total, speed=speed)
         if not self._console.is_terminal and now - self._said >= PLAIN_SECONDS:
             self._said = now
-            self._console.print(
-                f"      {event.step}: {event.done:,} of {event.total:,} rollouts, {speed}", markup=False
-            )
+            self._console.print(f"      {event.step}: {event.done:,} of {event.total:,}  {speed}", markup=False)
 
 
 def iteration_tables(records: Sequence[IterationRecord]) -> Iterator[Table]:

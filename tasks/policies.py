@@ -29,7 +29,7 @@ def policy_named(reference: str) -> ModelRef:
         names = ", ".join(policy.identity for policy in found[:5])
         raise ValueError(
             f"{reference!r} names {len(found)} policies in {home()}{': ' + names if names else ''}; give "
-            "an experiment, experiment:<iteration>, a digest as `ratchet status --json` lists them, a folder or a hub name"
+            "an experiment, experiment:<iteration>, a digest from `ratchet status --json`, a folder or a hub name"
         )
     name, _, revision = reference.partition("@")
     return ModelRef(name=name, revision=revision or None)

@@ -14,6 +14,7 @@ from storage.rows import TokenComparison
 
 CLIP = 1.0  # nats; what differs more looks the same
 SHORT_PROMPT = 60  # tokens; a longer prompt is folded
+BIDI_CONTROLS = {"LRE", "RLE", "LRO", "RLO", "PDF", "LRI", "RLI", "FSI", "PDI"}  # Unicode's bidirectional classes
 
 
 class ShownToken(NamedTuple):
@@ -66,7 +67,6 @@ def render_page(rows: Iterable[TokenComparison], policy: str, reference: str, or
         origin=origin,
         clip=f"{CLIP:g}",
         signed=signed,
-        total=fsum(text.difference for text in texts),
         tokens=sum(len(text.completion) for text in texts),
     )
 
@@ -111,11 +111,8 @@ def _visible(character: str) -> str:
     if character == "\t":
         return "\N{RIGHTWARDS ARROW TO BAR}\t"
     if unicodedata.category(character) in ("Cc", "Cs") or unicodedata.bidirectional(character) in BIDI_CONTROLS:
-        return f"\N{LEFT-POINTING ANGLE BRACKET}U+{ord(character):04X}\N{RIGHT-POINTING ANGLE BRACKET}"
+        return f"\N{MATHEMATICAL LEFT ANGLE BRACKET}U+{ord(character):04X}\N{MATHEMATICAL RIGHT ANGLE BRACKET}"
     return character
-
-
-BIDI_CONTROLS = {"LRE", "RLE", "LRO", "RLO", "PDF", "LRI", "RLI", "FSI", "PDI"}
 
 
 def _shown_text(tokens: Sequence[TokenComparison]) -> ShownText:
