@@ -218,8 +218,7 @@ def autoif(config: AutoIF) -> ModelRef:
             combine_held_out(config, trusted, queries.test, "test"),
         )
         instances = combine_instances(*trusted, queries.train, "train", config.combining)
-        if supervisor.engine != config.engine:
-            give_back_accelerator()
+        hand_over(config, supervisor)
         with iteration(0):
             incumbent = assess(config, base, trusted, held_out)
             begin(experiment, incumbent, **measure(config, base))
@@ -308,10 +307,17 @@ def complete(
     return Completions(drawn_plain, drawn_shown)
 
 
+def hand_over(config: AutoIF, supervisor: Supervisor) -> None:
+    """Have the accelerator free for the other engine, where policy and supervisor have one each."""
+    if supervisor.engine != config.engine:
+        give_back_accelerator()
+
+
 def judge(
     config: AutoIF, settings: Relevance, supervisor: Supervisor, scored: DatasetRef, instances: DatasetRef
 ) -> DatasetRef:
     """The scored completions, less the rewards of those that follow the instruction and do not answer the query."""
+    hand_over(config, supervisor)
     with split("judge"):
         asked = ask_the_judge(scored, instances, settings, config.pairing.chosen_minimum)
         return apply_judge(scored, instances, ask(supervisor, asked, settings.sampling), settings)
