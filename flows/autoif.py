@@ -25,7 +25,7 @@ from tasks.consistency import Consistency
 from tasks.evaluating import Contender, Evaluation, evaluate_answers
 from tasks.instances import Combining
 from tasks.instructions import Length, Proposing, with_a_prompt
-from tasks.loading import load_demonstrations, load_prompts, open_folder
+from tasks.loading import load_demonstrations, load_prompts, open_folder, prompts_of
 from tasks.metrics import parse_strategy
 from tasks.pairing import pair_rollouts
 from tasks.pairs import Pairing
@@ -176,6 +176,12 @@ class AutoIF(Settings):
                     found.append(f"{name}: the source has no query to use; see length, between and {name}.columns")
             except (ValueError, OSError) as error:
                 found.append(f"{name}: {error}")
+        if self.evaluation_prompts is not None:
+            try:
+                for _ in prompts_of(self.evaluation_prompts):
+                    pass
+            except (ValueError, OSError) as error:
+                found.append(f"evaluation_prompts: {error}")
         for benchmark in () if self.benchmarks is None else self.benchmarks.tasks:
             try:
                 material_of(benchmark)

@@ -1,7 +1,8 @@
 """Where rows come from: a hub data set, a JSONL or Parquet file, or the built-in problems. One shape comes out.
 
 Before a hub is asked, the folder named by RATCHET_DATA is searched for `<id>/<split>.jsonl` or `.parquet`, with the
-whole id ("openai/gsm8k") and with its last part ("gsm8k"), so that a machine without a network can hold what it needs.
+whole id ("openai/gsm8k") and with its last part ("gsm8k"), also in lower case, so that a machine without a network can
+hold what it needs.
 """
 
 import json
@@ -21,6 +22,7 @@ from storage.arithmetic import Arithmetic, make_problems
 from storage.digests import file_sha256
 from storage.formats import Formats, make_formatted
 
+SPLIT_NAMES = {"input_data": "train"}  # google-research's own file name for the IFEval prompts
 PLACES = ("hub", "path", "arithmetic", "formats")
 _ANNOTATION = re.compile(r"<<[^<>\n]*>>")  # GSM8K's calculator notes: "48/2 = <<48/2=24>>24"
 
@@ -196,8 +198,10 @@ def _local_file(source: Source) -> Path | None:
     folder = os.environ.get("RATCHET_DATA")
     if source.hub is None or not folder:
         return None
-    names = [source.hub, source.hub.rpartition("/")[2]]
-    candidates = [Path(folder) / name / f"{source.split}.{kind}" for name in names for kind in ("jsonl", "parquet")]
+    last = source.hub.rpartition("/")[2]
+    stems = [source.split, *(stem for stem, name in SPLIT_NAMES.items() if name == source.split)]
+    files = [f"{stem}.{kind}" for stem in stems for kind in ("jsonl", "parquet")]
+    candidates = [Path(folder) / name / file for name in (source.hub, last, last.lower()) for file in files]
     return next((path for path in candidates if path.is_file()), None)
 
 

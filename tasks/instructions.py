@@ -43,7 +43,7 @@ EXAMPLES = (
     Example(query="Why is the sky blue?", instruction="Let no sentence be longer than twelve words."),
     Example(query="Plan a picnic for five people.", instruction="Begin every line with the same letter."),
     Example(
-        query="Tell me about the moon.", instruction="Put a line of three dashes between two parts of equal length."
+        query="Tell me about the moon.", instruction="Put a line of three dashes into the answer."
     ),
 )
 

@@ -158,6 +158,7 @@ def read_verifiers(replies: DatasetRef, instructions: DatasetRef, settings: Writ
     read, counts = Read(replies.rows, Counter(), []), Counter[str]()
     asked = _by_asking(instructions, settings)
     rows = list(writing.verifiers_of(read_rows(replies, Rollout), asked, read, counts))
+    counts["instructions without a verifier"] = len(asked) - len({row.instruction_id for row in rows})
     _log(read, counts)
     _check(
         read,
@@ -181,6 +182,7 @@ def read_cases(replies: DatasetRef, instructions: DatasetRef, settings: WritingC
     read, counts = Read(replies.rows, Counter(), []), Counter[str]()
     asked = _by_asking(instructions, settings)
     rows = list(writing.cases_of(read_rows(replies, Rollout), asked, read, counts))
+    counts["instructions without a case"] = len(asked) - len({row.instruction_id for row in rows})
     _log(read, counts)
     _check(
         read,

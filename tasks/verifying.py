@@ -194,6 +194,7 @@ def drawn_for(instances: DatasetRef, completions: Completions) -> Iterator[tuple
         start = len(drawn)
         if shown is not None:
             drawn += [Drawn(row, start + row.rollout_index, True) for row in next(shown)]
+        assert not any(one.rollout.prompt_id != instance.prompt_id for one in drawn if not one.shown)
         yield instance, drawn
 
 

@@ -248,7 +248,18 @@ def test_a_few_bad_replies_are_counted_by_reason_and_do_no_harm() -> None:
     experiment = run_plainly()
     (read,) = [record for record in experiment.steps() if record.step == "read_verifiers"]
     assert read.counts["prose"] > 0 and read.counts["duplicate"] > 0
+    assert "instructions without a verifier" not in read.counts
     assert read.counts["replies"] == read.counts["verifiers"] + read.counts["duplicate"] + read.counts["prose"]
+
+
+@pytest.mark.flow
+def test_an_instruction_that_gets_no_verifier_at_all_is_counted(tmp_path: Path) -> None:
+    script = yaml.safe_load(SCRIPT.read_text())
+    script["rules"].insert(0, {"when": [ASK_VERIFIER, "Instruction: Be nice"], "replies": ["Niceness is in the eye."]})
+    (tmp_path / "script.yaml").write_text(yaml.safe_dump(script))
+    experiment = run_plainly(f"supervisor.model.name={tmp_path / 'script.yaml'}")
+    (read,) = [record for record in experiment.steps() if record.step == "read_verifiers"]
+    assert read.counts["instructions without a verifier"] == 1
 
 
 @pytest.mark.parametrize(
@@ -298,6 +309,30 @@ def test_completions_that_all_pass_or_all_fail_make_no_pair_and_are_shown(
 def test_completions_that_are_all_cut_are_told_with_what_to_change() -> None:
     with pytest.raises(NothingSurvives, match="raise max_completion_tokens"):
         run_plainly("completing.sampling.max_completion_tokens=1")
+
+
+@pytest.mark.flow
+def test_too_many_completions_without_a_reward_are_counted_quoted_and_told_what_to_change() -> None:
+    with pytest.raises(NothingSurvives) as caught:  # the fake cuts some
+        run_plainly("voting.maximum_undecided=0.0")
+    for part in ("completions have no reward", "truncated ", "The first:", "raise max_completion_tokens"):
+        assert part in str(caught.value)
+
+
+@pytest.mark.flow
+def test_a_run_that_fails_in_training_goes_on_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_memory(*_: object) -> None:
+        raise RuntimeError("no memory left")
+
+    with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="no memory left"):
+        patch.setattr("models.fake_engine.train_fake", no_memory)
+        run_plainly()
+    with heard() as steps:
+        run_plainly()
+    again = [step for step in steps if not step.cached]
+    assert again[0].step == "train_preferences"
+    assert {step.iteration for step in again} == {1}
+    assert not {"pair_rollouts", "show_verifiers", "ask_the_judge"} & {step.step for step in again}
 
 
 @pytest.mark.flow

@@ -146,6 +146,15 @@ def test_a_hub_sets_key_is_its_name_and_revision_until_its_content_is_at_hand(
     assert source_name(hub) == "someone/sums:main:test"
 
 
+def test_ifevals_prompts_are_found_under_the_name_their_authors_gave_the_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "ifeval").mkdir()
+    jsonl(tmp_path / "ifeval", {"prompt": "No commas."}, name="input_data.jsonl")
+    monkeypatch.setenv("RATCHET_DATA", str(tmp_path))
+    assert [row.prompt for row in read_source(source(hub="google/IFEval"))] == ["No commas."]
+
+
 def test_made_up_problems_come_in_the_same_shape() -> None:
     made = source(arithmetic={"problems": 3, "kind": "sums"}, limit=2)
     rows = list(read_source(made))
