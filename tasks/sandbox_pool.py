@@ -22,7 +22,7 @@ ATTEMPTS: tuple[tuple[str, ...], ...] = (ALL_LAYERS, ("landlock", "seccomp"), ("
 UNSANDBOXED = "none"
 START_SECONDS = 60.0  # for a child program to be ready, on a busy machine
 GRACE_SECONDS = 30.0  # a child program keeps to the limits itself; when it did not answer so long after, it is lost
-BATCHES_PER_WORKER = 2_000  # after so many a worker is replaced, so that what its memory gained is given back
+BYTES_PER_WORKER = 256 * 2**20  # of requests; then it is replaced, so that what its memory gained is given back
 TEST_LIMITS = {"cpu_seconds": 0.3, "wall_seconds": 2.0, "verifier_seconds": 5.0, "memory_mb": 256, "detail_length": 160}
 
 Request = tuple[str, Sequence[str]]  # the source of a verifier, and responses
@@ -68,7 +68,7 @@ class Worker:
             cwd="/",
             start_new_session=True,  # Ctrl-C is for us
         )
-        self.batches = 0
+        self.bytes = 0
         path = [folder for folder in sys.path if folder] if preload else []
         try:
             hello = self._exchange({"layers": list(layers), "preload": list(preload), "path": path}, START_SECONDS)
@@ -88,7 +88,6 @@ class Worker:
         """
         seconds = limits["verifier_seconds"] * len(requests) + GRACE_SECONDS
         tasks = [(source, list(responses)) for source, responses in requests]
-        self.batches += 1
         found = self._exchange({"tasks": tasks, "limits": limits}, seconds)
         try:
             answers = [[(OUTCOMES[code], str(detail)) for code, detail in row] for row in found]
@@ -111,6 +110,7 @@ class Worker:
         stdin, stdout = self._process.stdin, self._process.stdout
         assert stdin is not None and stdout is not None
         body = json.dumps(message).encode("ascii")
+        self.bytes += len(body)
         alarm = threading.Timer(seconds, self._process.kill)
         alarm.daemon = True
         alarm.start()
@@ -223,7 +223,7 @@ class Pool:
     def _give_back(self, worker: Worker) -> None:
         with self._lock:
             self._busy.discard(worker)
-            kept = worker.batches < BATCHES_PER_WORKER and len(self._idle) < cores() and not self._closed
+            kept = worker.bytes < BYTES_PER_WORKER and len(self._idle) < cores() and not self._closed
             if kept:
                 self._idle.append(worker)
         if not kept:

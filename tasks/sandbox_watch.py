@@ -81,7 +81,7 @@ class Batch:
         return self.at, len(self.answers[self.at])
 
     def charge(self, answer: Answer, *, give_up: bool = False) -> None:
-        """The next call ended its process; after too many, or when told so, the verifier's other calls count the same."""
+        """The next call ended its process; after too many, or when told so, its verifier's others count the same."""
         verifier = self.at
         outcome, detail = answer
         self.answers[verifier].append(answer)

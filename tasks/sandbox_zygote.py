@@ -74,7 +74,7 @@ class Zygote:
         try:
             layers.adopt_orphans()
             layers.drop_privileges()  # which also forgets whom to die with
-            if "namespaces" in self.layers:
+            if os.getpid() == 1:
                 layers.die_with_parent()
         except (OSError, AttributeError):  # no Linux, or one that denies even this
             if wanted_layers:

@@ -125,6 +125,17 @@ def test_a_worker_killed_under_way_is_replaced_and_its_verifiers_are_run_again(p
 
 
 @pytest.mark.flow
+def test_a_worker_that_was_sent_much_is_replaced_by_a_fresh_one(pool: Pool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sandbox_pool, "BYTES_PER_WORKER", 100_000)
+    worker = pool._idle[0]
+    for text in ("a", "b" * 100_000, "a"):
+        [[(outcome, _)]] = pool.run([(HONEST, (text,))], TOLD)
+        assert outcome == ("passed" if text == "a" else "failed")
+    assert worker._process.returncode is not None
+    assert pool.replaced == 0
+
+
+@pytest.mark.flow
 def test_a_worker_whose_canary_fails_is_replaced_and_its_verifiers_are_run_again(
     pool: Pool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
