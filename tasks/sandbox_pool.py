@@ -8,7 +8,7 @@ import subprocess
 import sys
 import tempfile
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -44,6 +44,31 @@ class Setup(NamedTuple):
 
     preload: tuple[str, ...] = ()
     required: tuple[str, ...] = ("seccomp",)
+
+
+class Run:
+    """Requests that are stopped together, from another thread, by ending the workers that are at them."""
+
+    def __init__(self) -> None:
+        self.stopped = False
+        self._workers: set[Worker] = set()
+
+    def stop(self) -> None:
+        """End what is under way; what was not begun is refused."""
+        self.stopped = True
+        for worker in tuple(self._workers):
+            worker.kill()
+
+    @contextlib.contextmanager
+    def using(self, worker: "Worker") -> Iterator[None]:
+        """While this worker is at one of the requests."""
+        self._workers.add(worker)
+        try:
+            if self.stopped:
+                raise WorkerLost("its run was stopped")
+            yield
+        finally:
+            self._workers.discard(worker)
 
 
 class Worker:
@@ -97,8 +122,12 @@ class Worker:
             raise WorkerLost("its answer has another length")
         return answers
 
+    def kill(self) -> None:
+        """End it; whoever waits for its answer hears that it is lost."""
+        self._process.kill()
+
     def close(self) -> None:
-        """End it, at once."""
+        """End it, and give back what it held here."""
         self._process.kill()
         self._process.wait()
         for stream in (self._process.stdin, self._process.stdout, self._errors):
@@ -156,18 +185,23 @@ class Pool:
         """What stands between a verifier and this machine, as stored in rows."""
         return "+".join(self.layers) or UNSANDBOXED
 
-    def run(self, requests: Sequence[Request], limits: dict[str, Any]) -> list[list[Answer]]:
+    def run(self, requests: Sequence[Request], limits: dict[str, Any], run: Run | None = None) -> list[list[Answer]]:
         """Answers to each request. What was under way when a worker was lost is done again, one by one.
 
         Raises:
-            SandboxError: workers are lost, or the canary fails, whatever they run.
+            SandboxError: workers are lost, or the canary fails, whatever they run; or `run` was stopped.
         """
+        run = run or Run()
         try:
-            return self._attempt(requests, limits)
+            return self._attempt(requests, limits, run)
         except WorkerLost as error:
+            if run.stopped:
+                raise SandboxError(
+                    "the run was stopped while verifiers were under way; they have no verdicts"
+                ) from error
             log.warning("sandbox: a worker was replaced while it ran %d verifiers: %s", len(requests), error)
         alone = {**limits, "share": 1}
-        return [self._alone(request, alone) for request in requests]
+        return [self._alone(request, alone, run) for request in requests]
 
     def close(self) -> None:
         """End all workers, the busy ones too."""
@@ -178,13 +212,13 @@ class Pool:
         for worker in workers:
             worker.close()
 
-    def _alone(self, request: Request, limits: dict[str, Any]) -> list[Answer]:
+    def _alone(self, request: Request, limits: dict[str, Any], run: Run) -> list[Answer]:
         try:
-            return self._attempt([request], limits)[0]
+            return self._attempt([request], limits, run)[0]
         except WorkerLost as error:
             reason = str(error)
         try:
-            self._attempt([], limits)
+            self._attempt([], limits, run)
         except WorkerLost as error:
             raise SandboxError(
                 f"the sandbox ({self.level}) lost a worker that ran only the verifier with known verdicts: {error}"
@@ -194,10 +228,11 @@ class Pool:
             request[1]
         )
 
-    def _attempt(self, requests: Sequence[Request], limits: dict[str, Any]) -> list[list[Answer]]:
+    def _attempt(self, requests: Sequence[Request], limits: dict[str, Any], run: Run) -> list[list[Answer]]:
         worker = self._take()
         try:
-            answers = worker.ask([*requests, (CANARY, CANARY_RESPONSES)], limits)
+            with run.using(worker):
+                answers = worker.ask([*requests, (CANARY, CANARY_RESPONSES)], limits)
             if tuple(outcome for outcome, _ in answers[-1]) != CANARY_OUTCOMES:
                 raise WorkerLost(f"the verifier with a known verdict gave {answers[-1]}")
         except BaseException:
