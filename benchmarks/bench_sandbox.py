@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import psutil
 from tables import show
 
-from tasks import sandbox, sandbox_pool
+from tasks import sandbox, sandbox_pool, sandbox_worker
 from tasks.sandbox import Job, Limits, run_verifiers
 from tests.sandbox.honest import HONEST
 
@@ -106,7 +106,7 @@ def _cpu_seconds() -> float:
 
 
 def _sandboxes() -> list[psutil.Process]:
-    return [one for one in psutil.Process().children(recursive=True) if sandbox_pool.PROGRAM in one.cmdline()]
+    return [one for one in psutil.Process().children(recursive=True) if sandbox_worker.PROGRAM in one.cmdline()]
 
 
 def _long(verifiers: int) -> tuple[float, float]:

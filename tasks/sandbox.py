@@ -18,7 +18,8 @@ from typing import Any, Literal, NamedTuple
 from pydantic import Field
 
 from models.specs import Settings
-from tasks.sandbox_pool import ATTEMPTS, Pool, Run, SandboxError, Setup, cores
+from tasks.sandbox_pool import ATTEMPTS, Pool, SandboxError, Setup, cores
+from tasks.sandbox_worker import Run
 
 __all__ = ["Job", "Limits", "Outcome", "SandboxError", "Verdict", "isolation", "run_verifier", "run_verifiers"]
 
