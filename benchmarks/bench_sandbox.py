@@ -1,6 +1,6 @@
 """Calls of generated verifiers in the sandbox, against a bare `exec` in this process; and what memory a long run takes.
 
-    PYTHONPATH=. python benchmarks/bench_sandbox.py [--verifiers 1500] [--long 40000]
+    python benchmarks/bench_sandbox.py [--verifiers 1500] [--long 40000]
 
 The verifiers are the honest ones of tests/sandbox/honest.py, each called with 8 responses. Speed is per second of CPU
 time, of all processes that take part, so that other work on the machine does not count.
@@ -8,18 +8,19 @@ time, of all processes that take part, so that other work on the machine does no
 
 import argparse
 import asyncio
+import importlib
 import resource
+import sys
 import time
 from collections.abc import Callable, Iterator
 from itertools import cycle, islice
 from typing import Any, NamedTuple
 
 import psutil
-from tables import show
+from tables import REPOSITORY, show
 
-from tasks import sandbox, sandbox_pool
+from tasks import sandbox, sandbox_pool, sandbox_worker
 from tasks.sandbox import Job, Limits, run_verifiers
-from tests.sandbox.honest import HONEST
 
 RESPONSES = 8
 LEVELS = sandbox_pool.ATTEMPTS
@@ -59,7 +60,8 @@ def main() -> None:
 
 
 def _jobs() -> Iterator[Job]:
-    for number, one in enumerate(cycle(HONEST)):
+    sys.path.append(str(REPOSITORY))  # the tests are not installed
+    for number, one in enumerate(cycle(importlib.import_module("tests.sandbox.honest").HONEST)):
         yield Job(f"{one.source}# {number}\n", tuple(islice(cycle(one.responses), RESPONSES)))
 
 
@@ -106,7 +108,7 @@ def _cpu_seconds() -> float:
 
 
 def _sandboxes() -> list[psutil.Process]:
-    return [one for one in psutil.Process().children(recursive=True) if sandbox_pool.PROGRAM in one.cmdline()]
+    return [one for one in psutil.Process().children(recursive=True) if sandbox_worker.PROGRAM in one.cmdline()]
 
 
 def _long(verifiers: int) -> tuple[float, float]:

@@ -1,12 +1,12 @@
 """Generated `evaluate(response) -> bool` run where it can do no harm: the one way to execute a verifier.
 
 Each verifier runs in a forked child of a walled-in program that this module keeps warm; several plain ones may share
-such a child. What is built, what was measured and what is not contained: docs/SANDBOX.md.
+such a child. What was measured: docs/SANDBOX.md. Not contained: a hole in the kernel's own walls; time measured by
+the verifier itself; and its own verdicts, which it may forge as it may return True.
 """
 
 import asyncio
 import atexit
-import logging
 import os
 import threading
 from collections import deque
@@ -19,6 +19,7 @@ from pydantic import Field
 
 from models.specs import Settings
 from tasks.sandbox_pool import ATTEMPTS, Pool, SandboxError, Setup, cores
+from tasks.sandbox_worker import Run
 
 __all__ = ["Job", "Limits", "Outcome", "SandboxError", "Verdict", "isolation", "run_verifier", "run_verifiers"]
 
@@ -27,8 +28,6 @@ BATCH_CHARACTERS = 4_000_000
 
 Outcome = Literal["passed", "failed", "error", "timeout", "memory", "forbidden", "invalid"]
 Layer = Literal["namespaces", "landlock", "seccomp"]
-
-log = logging.getLogger("ratchet")
 
 
 class Limits(Settings):
@@ -87,10 +86,11 @@ async def run_verifiers(
     loop = asyncio.get_running_loop()
     await loop.run_in_executor(None, _pool, limits)  # what fails here fails before any job is read
     waiting: deque[asyncio.Future[list[list[Verdict]]]] = deque()
+    run = Run()
     executor = ThreadPoolExecutor(count, thread_name_prefix="sandbox")
     try:
         for batch in _batches(jobs):
-            waiting.append(loop.run_in_executor(executor, _run, batch, limits))
+            waiting.append(loop.run_in_executor(executor, _run, batch, limits, run))
             if len(waiting) > 2 * count:
                 for verdicts in await waiting.popleft():
                     yield verdicts
@@ -98,7 +98,10 @@ async def run_verifiers(
             for verdicts in await waiting.popleft():
                 yield verdicts
     finally:
+        run.stop()  # whoever no longer listens shall not wait for what hangs
         executor.shutdown(wait=False, cancel_futures=True)
+        for batch_verdicts in waiting:
+            batch_verdicts.add_done_callback(lambda done: done.cancelled() or done.exception())  # nobody asks for it
 
 
 def isolation(limits: Limits = Limits(), *, allow_unsandboxed: bool = False) -> str:  # noqa: B008 - frozen
@@ -145,9 +148,9 @@ def _pool(limits: Limits) -> Pool:
         return _state.pools[setup]
 
 
-def _run(jobs: Sequence[Job], limits: Limits) -> list[list[Verdict]]:
+def _run(jobs: Sequence[Job], limits: Limits, run: Run | None = None) -> list[list[Verdict]]:
     pool = _pool(limits)
-    answers = pool.run(jobs, _told(limits))
+    answers = pool.run(jobs, _told(limits), run)
     return [[_verdict(outcome, detail, pool.level) for outcome, detail in row] for row in answers]
 
 

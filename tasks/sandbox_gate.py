@@ -82,7 +82,7 @@ _PLAIN_BUILTINS = set(dir(builtins)).difference(_OPEN_BUILTINS)
 _ORDINARY_MODULES = {
     *_MODULES, "abc", "ast", "base64", "bisect", "calendar", "cmath", "contextlib", "copy", "csv", "dataclasses",
     "decimal", "enum", "fractions", "hashlib", "heapq", "io", "numbers", "operator", "pprint", "random",
-    "time", "xml.etree.ElementTree", "zlib", "binascii", "hmac", "struct", "urllib.parse", "html.parser",
+    "time", "xml.etree.ElementTree", "zlib", "binascii", "hmac", "struct", "traceback", "urllib.parse", "html.parser",
     "numpy", "collections.abc",
 }  # fmt: skip
 _ORDINARY_DUNDERS = _words(
@@ -95,7 +95,8 @@ _INTRUSIVE_BUILTINS = {
 }  # fmt: skip
 _INTRUSIVE_ATTRIBUTES = {
     "modules", "attrgetter", "methodcaller", "get_field", "register", "update_wrapper", "setfirstweekday", "setcontext",
-    "field_size_limit", "sys", "os", "builtins",
+    "field_size_limit", "sys", "os", "builtins", "walk_stack", "walk_tb", "tb_frame", "f_back", "f_globals", "f_locals",
+    "f_builtins", "gi_frame", "cr_frame", "ag_frame",
 }  # fmt: skip
 
 

@@ -1,32 +1,20 @@
 """The sandbox's child programs, kept warm: started at the strongest level that holds, and replaced when lost."""
 
-import contextlib
-import json
 import logging
 import os
-import subprocess
-import sys
 import tempfile
 import threading
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
-from tasks.sandbox_calls import OUTCOMES
 from tasks.sandbox_selftest import ATTACKS, CANARY, CANARY_OUTCOMES, CANARY_RESPONSES
+from tasks.sandbox_worker import Answer, Request, Run, Worker, WorkerLost
 
-REPOSITORY = str(Path(__file__).parents[1])
-PROGRAM = "import sys; sys.path.insert(0, sys.argv.pop()); from tasks.sandbox_zygote import main; main()"
 ALL_LAYERS = ("namespaces", "landlock", "seccomp")
 ATTEMPTS: tuple[tuple[str, ...], ...] = (ALL_LAYERS, ("landlock", "seccomp"), ("seccomp",))
 UNSANDBOXED = "none"
-START_SECONDS = 60.0  # for a child program to be ready, on a busy machine
-GRACE_SECONDS = 30.0  # a child program keeps to the limits itself; when it did not answer so long after, it is lost
-BATCHES_PER_WORKER = 2_000  # after so many a worker is replaced, so that what its memory gained is given back
+BYTES_PER_WORKER = 256 * 2**20  # of requests; then it is replaced, so that what its memory gained is given back
 TEST_LIMITS = {"cpu_seconds": 0.3, "wall_seconds": 2.0, "verifier_seconds": 5.0, "memory_mb": 256, "detail_length": 160}
-
-Request = tuple[str, Sequence[str]]  # the source of a verifier, and responses
-Answer = tuple[str, str]  # outcome and detail
 
 log = logging.getLogger("ratchet")
 
@@ -35,101 +23,11 @@ class SandboxError(RuntimeError):
     """The sandbox itself cannot be had, or broke. No verifier is to blame."""
 
 
-class WorkerLost(Exception):
-    """A child program ended, was late, or said what it must not."""
-
-
 class Setup(NamedTuple):
     """What a child program starts with."""
 
     preload: tuple[str, ...] = ()
     required: tuple[str, ...] = ("seccomp",)
-
-
-class Worker:
-    """One child program.
-
-    Raises:
-        WorkerLost: it did not start.
-    """
-
-    def __init__(self, layers: Sequence[str], preload: Sequence[str]) -> None:
-        # -P, -s, -S and an environment of ours isolate like -I, which would ignore PYTHONHASHSEED: with it, a verifier
-        # that depends on the order of a set gives the same verdict today and tomorrow.
-        command = [sys.executable, "-P", "-s", "-S", "-B", "-X", "utf8", "-c", PROGRAM, REPOSITORY]
-        environment = {"LC_ALL": "C.UTF-8", "TZ": "UTC0", "PYTHONHASHSEED": "0", "OPENBLAS_NUM_THREADS": "1"}
-        self._errors = tempfile.TemporaryFile()  # noqa: SIM115 - closed with the worker
-        self._process = subprocess.Popen(
-            command,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=self._errors,
-            env=environment,
-            cwd="/",
-            start_new_session=True,  # Ctrl-C is for us
-        )
-        self.batches = 0
-        path = [folder for folder in sys.path if folder] if preload else []
-        try:
-            hello = self._exchange({"layers": list(layers), "preload": list(preload), "path": path}, START_SECONDS)
-            if not isinstance(hello, dict) or "error" in hello:
-                raise WorkerLost(str(hello.get("error") if isinstance(hello, dict) else hello))
-        except WorkerLost:
-            self.close()
-            raise
-        self.layers: tuple[str, ...] = tuple(hello["layers"])
-        self.missing: dict[str, str] = hello["missing"]
-
-    def ask(self, requests: Sequence[Request], limits: dict[str, Any]) -> list[list[Answer]]:
-        """The answers to each request.
-
-        Raises:
-            WorkerLost: there are none.
-        """
-        seconds = limits["verifier_seconds"] * len(requests) + GRACE_SECONDS
-        tasks = [(source, list(responses)) for source, responses in requests]
-        self.batches += 1
-        found = self._exchange({"tasks": tasks, "limits": limits}, seconds)
-        try:
-            answers = [[(OUTCOMES[code], str(detail)) for code, detail in row] for row in found]
-        except (TypeError, ValueError, IndexError) as error:
-            raise WorkerLost(f"its answer has another shape: {error}") from error
-        if [len(row) for row in answers] != [len(responses) for _, responses in requests]:
-            raise WorkerLost("its answer has another length")
-        return answers
-
-    def close(self) -> None:
-        """End it, at once."""
-        self._process.kill()
-        self._process.wait()
-        for stream in (self._process.stdin, self._process.stdout, self._errors):
-            if stream is not None:
-                with contextlib.suppress(OSError, ValueError):
-                    stream.close()
-
-    def _exchange(self, message: object, seconds: float) -> Any:  # JSON
-        stdin, stdout = self._process.stdin, self._process.stdout
-        assert stdin is not None and stdout is not None
-        body = json.dumps(message).encode("ascii")
-        alarm = threading.Timer(seconds, self._process.kill)
-        alarm.daemon = True
-        alarm.start()
-        try:
-            stdin.write(len(body).to_bytes(8, "big") + body)
-            stdin.flush()
-            size = stdout.read(8)
-            answer = stdout.read(int.from_bytes(size, "big")) if len(size) == 8 else b""
-            return json.loads(answer)
-        except (OSError, ValueError) as error:
-            raise WorkerLost(f"no answer: {error}; {self._last_words()}") from error
-        finally:
-            alarm.cancel()
-
-    def _last_words(self) -> str:
-        with contextlib.suppress(OSError, ValueError):
-            self._errors.seek(0)
-            return self._errors.read()[-500:].decode("utf-8", "replace").strip() or "it left no message"
-        return "it left no message"
 
 
 class Pool:
@@ -156,18 +54,23 @@ class Pool:
         """What stands between a verifier and this machine, as stored in rows."""
         return "+".join(self.layers) or UNSANDBOXED
 
-    def run(self, requests: Sequence[Request], limits: dict[str, Any]) -> list[list[Answer]]:
+    def run(self, requests: Sequence[Request], limits: dict[str, Any], run: Run | None = None) -> list[list[Answer]]:
         """Answers to each request. What was under way when a worker was lost is done again, one by one.
 
         Raises:
-            SandboxError: workers are lost, or the canary fails, whatever they run.
+            SandboxError: workers are lost, or the canary fails, whatever they run; or `run` was stopped.
         """
+        run = run or Run()
         try:
-            return self._attempt(requests, limits)
+            return self._attempt(requests, limits, run)
         except WorkerLost as error:
+            if run.stopped:
+                raise SandboxError(
+                    "the run was stopped while verifiers were under way; they have no verdicts"
+                ) from error
             log.warning("sandbox: a worker was replaced while it ran %d verifiers: %s", len(requests), error)
         alone = {**limits, "share": 1}
-        return [self._alone(request, alone) for request in requests]
+        return [self._alone(request, alone, run) for request in requests]
 
     def close(self) -> None:
         """End all workers, the busy ones too."""
@@ -178,13 +81,13 @@ class Pool:
         for worker in workers:
             worker.close()
 
-    def _alone(self, request: Request, limits: dict[str, Any]) -> list[Answer]:
+    def _alone(self, request: Request, limits: dict[str, Any], run: Run) -> list[Answer]:
         try:
-            return self._attempt([request], limits)[0]
+            return self._attempt([request], limits, run)[0]
         except WorkerLost as error:
             reason = str(error)
         try:
-            self._attempt([], limits)
+            self._attempt([], limits, run)
         except WorkerLost as error:
             raise SandboxError(
                 f"the sandbox ({self.level}) lost a worker that ran only the verifier with known verdicts: {error}"
@@ -194,10 +97,11 @@ class Pool:
             request[1]
         )
 
-    def _attempt(self, requests: Sequence[Request], limits: dict[str, Any]) -> list[list[Answer]]:
+    def _attempt(self, requests: Sequence[Request], limits: dict[str, Any], run: Run) -> list[list[Answer]]:
         worker = self._take()
         try:
-            answers = worker.ask([*requests, (CANARY, CANARY_RESPONSES)], limits)
+            with run.using(worker):
+                answers = worker.ask([*requests, (CANARY, CANARY_RESPONSES)], limits)
             if tuple(outcome for outcome, _ in answers[-1]) != CANARY_OUTCOMES:
                 raise WorkerLost(f"the verifier with a known verdict gave {answers[-1]}")
         except BaseException:
@@ -223,7 +127,7 @@ class Pool:
     def _give_back(self, worker: Worker) -> None:
         with self._lock:
             self._busy.discard(worker)
-            kept = worker.batches < BATCHES_PER_WORKER and len(self._idle) < cores() and not self._closed
+            kept = worker.bytes < BYTES_PER_WORKER and len(self._idle) < cores() and not self._closed
             if kept:
                 self._idle.append(worker)
         if not kept:

@@ -35,7 +35,7 @@ from tasks.sandbox_calls import (
 
 TICK_SECONDS = 0.01  # how often a busy child is looked at
 KILLS = 2  # a verifier stopped so often is not called again
-FAULT = 70  # status of a child whose harness failed: a verifier can bring it to that, in its own process
+FAULT, STARVED = 70, 71  # statuses of a child whose harness failed, or had no memory: its verifier brought it to that
 
 
 class Walls(NamedTuple):
@@ -81,7 +81,7 @@ class Batch:
         return self.at, len(self.answers[self.at])
 
     def charge(self, answer: Answer, *, give_up: bool = False) -> None:
-        """The next call ended its process; after too many, or when told so, the verifier's other calls count the same."""
+        """The next call ended its process; after too many, or when told so, its verifier's others count the same."""
         verifier = self.at
         outcome, detail = answer
         self.answers[verifier].append(answer)
@@ -143,7 +143,7 @@ class Watch:
             serve(self.batch.tasks, Start(self.batch.at, call, self.token, self.limits["share"]))
             status = 0
         except MemoryError:
-            status = MEMORY
+            status = STARVED
         finally:
             leave(status)
         raise AssertionError("a child came back")
@@ -266,7 +266,7 @@ class Watch:
         elif os.WIFSIGNALED(status):
             batch.charge(self._death(os.WTERMSIG(status)))
         elif code := os.WEXITSTATUS(status):
-            batch.charge((MEMORY if code == MEMORY else ERROR, f"its process exited with status {code}"))
+            batch.charge((MEMORY if code == STARVED else ERROR, f"its process exited with status {code}"))
         elif before == batch.position():
             batch.charge((ERROR, "its process exited with status 0"))
 

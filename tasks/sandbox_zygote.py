@@ -10,9 +10,11 @@ import gc
 import importlib
 import importlib.machinery
 import json
+import linecache
 import os
 import resource
 import sys
+import warnings
 from collections.abc import Callable
 from typing import Any, BinaryIO
 
@@ -74,7 +76,7 @@ class Zygote:
         try:
             layers.adopt_orphans()
             layers.drop_privileges()  # which also forgets whom to die with
-            if "namespaces" in self.layers:
+            if os.getpid() == 1:
                 layers.die_with_parent()
         except (OSError, AttributeError):  # no Linux, or one that denies even this
             if wanted_layers:
@@ -129,9 +131,10 @@ def _preload(more: list[str], path: list[str]) -> None:
     sys.path[:] = [*sys.path, *path] if more else sys.path
     for name in more:
         importlib.import_module(name)
-    import warnings
-
     warnings.simplefilter("ignore")
+    # A traceback, or an exception in a finalizer, must not go and read source files to quote from.
+    linecache.lazycache = lambda filename, module_globals: False
+    sys.unraisablehook = lambda unraisable: None
     # From here on an import finds what is loaded or built in, and touches no file.
     sys.meta_path[:] = [importlib.machinery.BuiltinImporter, importlib.machinery.FrozenImporter]
     sys.path.clear()

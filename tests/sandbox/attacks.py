@@ -106,7 +106,7 @@ LEAVING = [
     _body("sys.exit", "error", "import sys\nsys.exit(0)"),
     _body("SystemExit that is true", "error", "raise SystemExit(True)"),
     _body("os._exit", "error", "import os\nos._exit(0)"),
-    _body("os._exit with a status", "error memory", "import os\nos._exit(4)"),
+    _body("os._exit with a status", "error", "import os\nos._exit(4)"),
     _body("os.abort", "forbidden error", "import os\nos.abort()"),
     _body("KeyboardInterrupt", "error", "raise KeyboardInterrupt"),
     _body("GeneratorExit", "error", "raise GeneratorExit"),

@@ -194,6 +194,29 @@ HONEST = [
             except Exception:
                 return False
     """, "2 + 2", "2 + 3", "two", signs="+--"),
+    _honest("a traceback through the library", """
+        import json, traceback
+        def evaluate(response):
+            try:
+                json.loads(response)
+            except ValueError:
+                return "JSONDecodeError" in traceback.format_exc()
+            return False
+    """, "{", "{}", signs="+-"),
+    _honest("an exception in a finalizer", """
+        import json
+        def late():
+            try:
+                yield
+            finally:
+                json.loads("{")
+        def evaluate(response):
+            waiting = late()
+            next(waiting)
+            loop = [waiting]
+            loop.append(loop)
+            return response == "a"
+    """, "a", "b", signs="+-"),
     _honest("seeded chance", """
         import random
         def evaluate(response):

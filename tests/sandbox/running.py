@@ -6,7 +6,7 @@ from collections.abc import Iterable
 import psutil
 
 from tasks.sandbox import Job, Limits, Verdict, run_verifiers
-from tasks.sandbox_pool import PROGRAM, REPOSITORY
+from tasks.sandbox_worker import PROGRAM, REPOSITORY
 
 MARK = 98_761  # an argument that only a command started by an attack has
 TOLD = {

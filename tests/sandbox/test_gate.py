@@ -1,9 +1,14 @@
 """What may share a process, and what not."""
 
 import ast
+import builtins
+import collections
+import importlib
+import types
 
 import pytest
 
+from tasks import sandbox_gate as gate
 from tasks.sandbox_gate import Grade, grade
 
 NOT_PLAIN = [
@@ -59,6 +64,8 @@ def test_what_could_reach_further_than_its_own_names_is_not_plain(source: str) -
         "import string\nstring.__dict__['n'] = 1",
         "import sys",
         "import os",
+        "import traceback\nnext(traceback.walk_stack(None))[0].f_builtins['n'] = 1",
+        "(x for x in ()).gi_frame.f_builtins['n'] = 1",
         "eval('1')",
         "import functools\nfunctools.update_wrapper(functools, f)",
         "from collections import abc\nabc.Sized.register(int)",
@@ -83,3 +90,22 @@ def test_what_could_leave_a_trace_in_the_interpreter_is_intrusive(source: str) -
 )
 def test_what_honest_verifiers_do_keeps_them_together(source: str, expected: Grade) -> None:
     assert grade(ast.parse(source)) is expected
+
+
+def test_no_module_container_or_door_is_reached_by_the_names_a_plain_verifier_may_use() -> None:
+    """From all it may import, and all builtins it may name, attribute after attribute, without a call."""
+    imported = [getattr(importlib.import_module(m), n) for m, names in gate._MODULES.items() for n in names.split()
+                if hasattr(importlib.import_module(m), n)]  # fmt: skip
+    waiting = [*imported, *(getattr(builtins, name) for name in gate._PLAIN_BUILTINS if hasattr(builtins, name))]
+    seen: dict[int, object] = {}
+    while waiting:
+        thing = waiting.pop()
+        if id(thing) in seen or isinstance(thing, int | float | str | bytes | types.BuiltinMethodType):
+            continue
+        seen[id(thing)] = thing
+        waiting += [getattr(thing, name) for name in gate._PLAIN_ATTRIBUTES if hasattr(thing, name)]
+    assert len(seen) > 200  # it did walk
+    doors = (open, eval, exec, compile, getattr, setattr, globals, __import__, object, type)
+    changeable = (dict, list, set, bytearray, collections.deque, types.ModuleType, types.FrameType)
+    found = [thing for thing in seen.values() if any(thing is door for door in doors) or isinstance(thing, changeable)]
+    assert found == []

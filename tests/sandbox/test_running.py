@@ -1,6 +1,7 @@
 """Many verifiers at once: order, memory, limits, and workers that are lost on the way."""
 
 import asyncio
+import contextlib
 import json
 import os
 import signal
@@ -17,7 +18,9 @@ from pydantic import ValidationError
 
 from tasks import sandbox, sandbox_pool
 from tasks.sandbox import Job, Limits, SandboxError, Verdict, run_verifier, run_verifiers
+from tasks.sandbox_calls import Task
 from tasks.sandbox_pool import Pool, Setup
+from tasks.sandbox_watch import Batch, Stop, Walls, Watch
 from tests.sandbox.running import PROGRAM, TOLD, collect, processes
 
 REPOSITORY = Path(__file__).parents[2]
@@ -83,6 +86,17 @@ def test_a_verifier_stops_when_all_its_calls_took_too_long() -> None:
     assert "all calls of this verifier took 0.4 s" in row[-1].detail
 
 
+def test_a_verdict_that_came_as_its_process_was_stopped_counts_and_the_next_call_is_not_charged() -> None:
+    batch = Batch(Walls(None, False, 0, lambda: None), [Task(HONEST, ["a", "b"])], TOLD)
+    watch = Watch(batch)
+    late = Stop((3, "took 1 s"), batch.position())
+    batch.accept((0, ""))  # read from the channel after the decision to stop
+    watch._settle((0, 0), late, signal.SIGKILL)
+    assert batch.answers == [[(0, "")]]
+    watch._settle((0, 1), Stop((3, "took 1 s"), batch.position()), signal.SIGKILL)
+    assert batch.answers == [[(0, ""), (3, "took 1 s")]]
+
+
 @pytest.mark.parametrize(
     "body",
     [
@@ -122,6 +136,17 @@ def test_a_worker_killed_under_way_is_replaced_and_its_verifiers_are_run_again(p
     assert [[outcome for outcome, _ in row] for row in rows] == [["passed", "failed"]] * 2
     assert pool.replaced == 1
     assert worker._process.returncode is not None
+
+
+@pytest.mark.flow
+def test_a_worker_that_was_sent_much_is_replaced_by_a_fresh_one(pool: Pool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sandbox_pool, "BYTES_PER_WORKER", 100_000)
+    worker = pool._idle[0]
+    for text in ("a", "b" * 100_000, "a"):
+        [[(outcome, _)]] = pool.run([(HONEST, (text,))], TOLD)
+        assert outcome == ("passed" if text == "a" else "failed")
+    assert worker._process.returncode is not None
+    assert pool.replaced == 0
 
 
 @pytest.mark.flow
@@ -171,6 +196,25 @@ def test_only_a_window_of_jobs_is_read_ahead() -> None:
 
     asyncio.run(first())
     assert read <= 4 * sandbox.BATCH_VERIFIERS  # the one asked for, two waiting, and the one that was too many
+
+
+@pytest.mark.flow
+def test_a_run_that_nobody_listens_to_any_more_ends_at_once() -> None:
+    limits = Limits(cpu_seconds=60, wall_seconds=60, verifier_seconds=60)
+
+    async def give_up() -> None:
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(0.5):
+                async for _ in run_verifiers([Job(LOOP, ("b",))] * 3, limits):
+                    pass
+
+    sandbox.isolation(limits)
+    before, started = threading.active_count(), time.monotonic()
+    asyncio.run(give_up())
+    while threading.active_count() > before and time.monotonic() - started < 20:
+        time.sleep(0.05)
+    assert time.monotonic() - started < 20
+    assert [verdict.outcome for verdict in run_verifier(HONEST, ["a"], limits)] == ["passed"]
 
 
 def test_two_loops_share_the_workers_without_mixing_verdicts() -> None:
