@@ -47,8 +47,10 @@ def evaluate(
     settings = read_measuring(preset, set_, task, limit)
     if settings.benchmarks is None:
         fail(f"{preset} has no `benchmarks` section; add one, or name benchmarks with --task", 2)
-    from tasks.benchmarking import evaluate_benchmarks
+    from tasks.benchmarking import benchmark_faults, evaluate_benchmarks
 
+    if faults := benchmark_faults(settings.benchmarks):
+        fail("\n".join(faults), 2)
     named = named_policy(policy)
     with _working("The evaluation"):
         metrics = evaluate_benchmarks(named, settings.template, settings.benchmarks, settings.engine)

@@ -7,6 +7,7 @@ benchmarks. Numbers equal those of lm-eval's own backends on the same weights (t
 
 import atexit
 import functools
+import importlib.util
 import json
 import logging
 import random
@@ -364,6 +365,14 @@ def _quiet() -> Iterator[None]:
 # --- what IFEval needs beside lm-eval itself
 
 
+def missing_for_ifeval() -> str | None:
+    """Which of IFEval's libraries is not installed, and what to do; None: all are."""
+    for name in ("immutabledict", "langdetect", "nltk"):
+        if importlib.util.find_spec(name) is None:
+            return f"IFEval needs {name}, which is not installed; {EXTRA}"
+    return None
+
+
 def prepare_ifeval(folders: Sequence[Path]) -> str:
     """Have IFEval's libraries at hand; says how sentences will be told apart: by "punkt_tab", or by `STAND_IN`.
 
@@ -371,12 +380,11 @@ def prepare_ifeval(folders: Sequence[Path]) -> str:
     the network. Without it the same splitter works with a few abbreviations and nothing learnt; two of the 25 kinds of
     instructions depend on it.
     """
-    try:
-        import immutabledict  # noqa: F401
-        import langdetect
-        import nltk
-    except ModuleNotFoundError as error:
-        raise BenchmarkError(f"IFEval needs {error.name}, which is not installed; {EXTRA}") from error
+    if missing := missing_for_ifeval():
+        raise BenchmarkError(missing)
+    import langdetect
+    import nltk
+
     langdetect.DetectorFactory.seed = 0  # else it draws anew each time
     nltk.data.path += [str(folder) for folder in folders if str(folder) not in nltk.data.path]
     if (found := _punkt(nltk)) is None:

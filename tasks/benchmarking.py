@@ -98,6 +98,23 @@ def material_of(benchmark: Benchmark) -> Material:
     return Material(lm_eval=version, files=tuple(files), sentences=sentences)
 
 
+def benchmark_faults(benchmarks: Benchmarks) -> list[str]:
+    """What would keep benchmarks from being run, found before anything is; empty: nothing that can be seen from here.
+
+    Whether the hub has the documents that are not on this machine is not asked.
+    """
+    try:
+        harness.version()
+    except harness.BenchmarkError as error:
+        return [str(error)]
+    found = []
+    for benchmark in benchmarks.tasks:
+        if benchmark.task == "ifeval" and (missing := harness.missing_for_ifeval()):
+            found.append(missing)
+        found += [f"benchmark {benchmark.task!r}: {fault}" for fault in _split_faults(benchmark)]
+    return found
+
+
 def notes_of(benchmark: Benchmark) -> str:
     """What keeps a figure from being compared with others'; empty: nothing known."""
     if benchmark.task == "ifeval" and harness.prepare_ifeval(_nltk_folders()) == harness.STAND_IN:
@@ -137,6 +154,23 @@ def _parts(benchmark: Benchmark) -> list[tuple[str, str | None]]:
 def _local(benchmark: Benchmark, config: str | None) -> dict[str, Path]:
     known = KNOWN[benchmark.task]
     return local_splits(known.hub, config, config_optional=known.tasks is None)
+
+
+def _split_faults(benchmark: Benchmark) -> Iterator[str]:
+    known = KNOWN[benchmark.task]
+    wanted = [known.split, *([known.examples] if known.examples and benchmark.shots_used else [])]
+    for name, config in _parts(benchmark):
+        here = _local(benchmark, config)
+        if missing := [split for split in wanted if here and split not in here]:
+            yield (
+                f"{name} is on this machine without its split {', '.join(missing)} (there are: {', '.join(here)}); "
+                f"put it at {places(known.hub, config)}, or remove the others and let the hub's be taken"
+            )
+        if not here and os.environ.get("HF_HUB_OFFLINE") == "1":
+            yield (
+                f"{name} is not on this machine and HF_HUB_OFFLINE is set; put its splits {', '.join(wanted)} at "
+                f"{places(known.hub, config)} and name that folder in RATCHET_DATA"
+            )
 
 
 def _read(splits: Mapping[str, Path]) -> Mapping[str, harness.Records]:

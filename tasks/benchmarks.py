@@ -31,22 +31,25 @@ class Known(NamedTuple):
     folder: str  # in lm_eval/tasks
     hub: str  # id of the data set
     config: str | None  # None: each task's own, which its name ends with
+    split: str  # of its documents
+    examples: str | None  # split of its worked examples; None: it takes none
     shots: int  # the usual number
     fixed: bool = False  # the task's own definition fixes the number of shots
     tasks: str | None = None  # it is a group: the beginning of its tasks' names
 
 
+TRUTHFULQA = "truthfulqa/truthful_qa"
 # Shots: the Open LLM Leaderboard's (METHODS 4.5), which had no ARC easy: lm-eval's own 0.
 KNOWN: dict[str, Known] = {
-    "ifeval": Known("ifeval", "google/IFEval", None, 0, fixed=True),
-    "gsm8k": Known("gsm8k", "openai/gsm8k", "main", 5),
-    "mmlu": Known("mmlu/default", "cais/mmlu", None, 5, tasks="mmlu_"),
-    "truthfulqa_mc1": Known("truthfulqa", "truthfulqa/truthful_qa", "multiple_choice", 0, fixed=True),
-    "truthfulqa_mc2": Known("truthfulqa", "truthfulqa/truthful_qa", "multiple_choice", 0, fixed=True),
-    "winogrande": Known("winogrande", "allenai/winogrande", "winogrande_xl", 5),
-    "hellaswag": Known("hellaswag", "Rowan/hellaswag", None, 10),
-    "arc_easy": Known("arc", "allenai/ai2_arc", "ARC-Easy", 0),
-    "arc_challenge": Known("arc", "allenai/ai2_arc", "ARC-Challenge", 25),
+    "ifeval": Known("ifeval", "google/IFEval", None, "train", None, 0, fixed=True),
+    "gsm8k": Known("gsm8k", "openai/gsm8k", "main", "test", "train", 5),
+    "mmlu": Known("mmlu/default", "cais/mmlu", None, "test", "dev", 5, tasks="mmlu_"),
+    "truthfulqa_mc1": Known("truthfulqa", TRUTHFULQA, "multiple_choice", "validation", None, 0, fixed=True),
+    "truthfulqa_mc2": Known("truthfulqa", TRUTHFULQA, "multiple_choice", "validation", None, 0, fixed=True),
+    "winogrande": Known("winogrande", "allenai/winogrande", "winogrande_xl", "validation", "train", 5),
+    "hellaswag": Known("hellaswag", "Rowan/hellaswag", None, "validation", "train", 10),
+    "arc_easy": Known("arc", "allenai/ai2_arc", "ARC-Easy", "test", "train", 0),
+    "arc_challenge": Known("arc", "allenai/ai2_arc", "ARC-Challenge", "test", "train", 25),
 }
 
 

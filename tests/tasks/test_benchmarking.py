@@ -1,7 +1,7 @@
 """Benchmarks as steps, on the fake engine: lm-eval itself builds, reads and scores."""
 
 import json
-import sys
+import re
 from pathlib import Path
 
 import pytest
@@ -11,7 +11,13 @@ from models.specs import Fake, ModelRef, PromptTemplate
 from storage.benchmark_files import local_splits
 from storage.datasets import read_rows
 from storage.rows import BenchmarkMetric, BenchmarkSample
-from tasks.benchmarking import answer_benchmark, evaluate_benchmark, evaluate_benchmarks, material_of
+from tasks.benchmarking import (
+    answer_benchmark,
+    benchmark_faults,
+    evaluate_benchmark,
+    evaluate_benchmarks,
+    material_of,
+)
 from tasks.benchmarks import KNOWN, Benchmark, Benchmarks
 from tests.benchmark_documents import write_documents
 
@@ -136,12 +142,27 @@ def test_a_document_of_another_form_is_refused(documents: Path) -> None:
         answered(Benchmark(task="truthfulqa_mc1"))
 
 
-def test_lm_eval_that_is_not_installed_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "langdetect", None)
-    with pytest.raises(
-        harness.BenchmarkError, match=r"IFEval needs langdetect.*pip install 'ratchet-lm\[evaluation\]'"
-    ):
+def test_a_library_that_is_not_installed_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name == "langdetect" else name)
+    wanted = r"IFEval needs langdetect.*pip install 'ratchet-lm\[evaluation\]'"
+    with pytest.raises(harness.BenchmarkError, match=wanted):
         harness.prepare_ifeval([])
+    (fault,) = benchmark_faults(Benchmarks(tasks=(Benchmark(task="ifeval"),)))
+    assert re.match(wanted, fault)
+
+
+def test_faults_are_found_before_anything_is_run(documents: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def faults(**settings: object) -> list[str]:
+        return benchmark_faults(Benchmarks(tasks=(Benchmark.model_validate(settings),)))
+
+    assert faults(task="gsm8k") == []
+    (documents / "gsm8k" / "train.jsonl").unlink()
+    assert faults(task="gsm8k", shots=0) == []
+    assert "without its split train (there are: test)" in faults(task="gsm8k")[0]
+    monkeypatch.setenv("RATCHET_DATA", str(documents / "elsewhere"))
+    assert faults(task="hellaswag") == []  # the hub's
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    assert "put its splits validation, train at <RATCHET_DATA>/hellaswag/<split>.jsonl" in faults(task="hellaswag")[0]
 
 
 def test_files_are_found_by_the_whole_id_and_as_the_hub_names_them(documents: Path) -> None:
