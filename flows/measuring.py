@@ -68,7 +68,7 @@ def evaluate(
 @contextmanager
 def _working(what: str) -> Iterator[None]:
     """Show steps as they end, close the engines at the end, and turn what may go wrong into a message."""
-    from models.harness import BenchmarkError
+    from models.ifeval_libraries import BenchmarkError
     from tasks.recording import listening
     from tasks.serving import close_engines, stopping
 

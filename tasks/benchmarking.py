@@ -10,8 +10,9 @@ from collections.abc import Iterator, Mapping
 from functools import partial
 from pathlib import Path
 
-from models import harness
+from models import harness, ifeval_libraries
 from models.engine import Engine
+from models.ifeval_libraries import BenchmarkError
 from models.specs import EngineSettings, ModelRef, PromptTemplate, Settings
 from storage.benchmark_files import local_splits, places, read_split
 from storage.datasets import DatasetRef, read_rows, write_rows
@@ -89,7 +90,7 @@ def material_of(benchmark: Benchmark) -> Material:
         BenchmarkError: lm-eval, or what IFEval needs beside it, is not installed.
     """
     version = harness.version()
-    sentences = harness.prepare_ifeval(_nltk_folders()) if benchmark.task == "ifeval" else None
+    sentences = ifeval_libraries.prepare_ifeval(_nltk_folders()) if benchmark.task == "ifeval" else None
     files = [
         f"{name}/{split} {file_sha256(file)}"
         for name, config in _parts(benchmark)
@@ -105,11 +106,11 @@ def benchmark_faults(benchmarks: Benchmarks) -> list[str]:
     """
     try:
         harness.version()
-    except harness.BenchmarkError as error:
+    except BenchmarkError as error:
         return [str(error)]
     found = []
     for benchmark in benchmarks.tasks:
-        if benchmark.task == "ifeval" and (missing := harness.missing_for_ifeval()):
+        if benchmark.task == "ifeval" and (missing := ifeval_libraries.missing_for_ifeval()):
             found.append(missing)
         found += [f"benchmark {benchmark.task!r}: {fault}" for fault in _split_faults(benchmark)]
     return found
@@ -117,7 +118,7 @@ def benchmark_faults(benchmarks: Benchmarks) -> list[str]:
 
 def notes_of(benchmark: Benchmark) -> str:
     """What keeps a figure from being compared with others'; empty: nothing known."""
-    if benchmark.task == "ifeval" and harness.prepare_ifeval(_nltk_folders()) == harness.STAND_IN:
+    if benchmark.task == "ifeval" and ifeval_libraries.prepare_ifeval(_nltk_folders()) == ifeval_libraries.STAND_IN:
         return (
             "NLTK's punkt_tab is not here and a simpler model told sentences apart, for the 64 of 541 prompts that "
             "count them or words in capitals; run `python -m nltk.downloader punkt_tab`, or put it into "

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from models import harness
+from models.ifeval_libraries import STAND_IN, BenchmarkError, prepare_ifeval
 from models.specs import Fake, ModelRef, PromptTemplate
 from storage.benchmark_files import local_splits
 from storage.datasets import read_rows
@@ -99,7 +100,7 @@ def test_all_four_accuracies_of_ifeval_are_figured_and_a_missing_sentence_model_
     # and 4 of 6 instructions.
     assert metrics["prompt_level_strict_acc"].value == 2 / 4
     assert metrics["inst_level_strict_acc"].value == pytest.approx(4 / 6)
-    assert ("punkt_tab" in metrics["inst_level_strict_acc"].note) is (harness.prepare_ifeval([]) == harness.STAND_IN)
+    assert ("punkt_tab" in metrics["inst_level_strict_acc"].note) is (prepare_ifeval([]) == STAND_IN)
 
 
 def test_an_answered_benchmark_is_not_answered_again() -> None:
@@ -122,31 +123,29 @@ def test_documents_that_are_nowhere_are_asked_for_by_name(documents: Path, monke
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.setenv("RATCHET_DATA", str(documents / "elsewhere"))
     wanted = r"'winogrande' are neither on this machine.*<RATCHET_DATA>/winogrande/winogrande_xl/<split>\.jsonl"
-    with pytest.raises(harness.BenchmarkError, match=wanted):
+    with pytest.raises(BenchmarkError, match=wanted):
         answered(Benchmark(task="winogrande"))
 
 
 def test_a_split_that_is_missing_is_named(documents: Path) -> None:
     (documents / "gsm8k" / "train.jsonl").unlink()
     assert len(answered(Benchmark(task="gsm8k", shots=0, limit=2))) == 4  # two filters
-    with pytest.raises(harness.BenchmarkError, match=r"needs the split 'train'.*there are: test; put train\.jsonl"):
+    with pytest.raises(BenchmarkError, match=r"needs the split 'train'.*there are: test; put train\.jsonl"):
         answered(Benchmark(task="gsm8k", shots=2, limit=2))
 
 
 def test_a_document_of_another_form_is_refused(documents: Path) -> None:
     file = documents / "truthful_qa" / "multiple_choice" / "validation.jsonl"
     file.write_text(json.dumps({"question": "What?", "mc1_targets": {"labels": [1]}}) + "\n")
-    with pytest.raises(
-        harness.BenchmarkError, match="'truthfulqa_mc1': a document is not as the hub's data set has it"
-    ):
+    with pytest.raises(BenchmarkError, match="'truthfulqa_mc1': a document is not as the hub's data set has it"):
         answered(Benchmark(task="truthfulqa_mc1"))
 
 
 def test_a_library_that_is_not_installed_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name == "langdetect" else name)
     wanted = r"IFEval needs langdetect.*pip install 'ratchet-lm\[evaluation\]'"
-    with pytest.raises(harness.BenchmarkError, match=wanted):
-        harness.prepare_ifeval([])
+    with pytest.raises(BenchmarkError, match=wanted):
+        prepare_ifeval([])
     (fault,) = benchmark_faults(Benchmarks(tasks=(Benchmark(task="ifeval"),)))
     assert re.match(wanted, fault)
 
