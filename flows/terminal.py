@@ -18,7 +18,7 @@ from storage.experiments import Experiment, IterationRecord, StepRecord
 if TYPE_CHECKING:
     from tasks.planning import PlannedStep
     from tasks.recording import Progress as RowProgress
-    from tasks.reporting import PublishedFigure
+    from tasks.tables import PublishedFigure
 
 PLAIN_SECONDS = 10.0  # between two progress lines where there is no bar
 

@@ -91,7 +91,7 @@ class Calibration(Row):
     judge: str  # identity of the model that judged
     writer: str  # "own": the judge's own rollouts; else whose they are
     group: str  # "all", or a range of difficulty: "solved 25-50 %"
-    name: str  # "auroc", "ece", "accuracy", "mean confidence", "share correct"
+    name: str  # "auroc", "auroc within prompts", "ece", "accuracy", "mean confidence", "share correct"
     value: float
     low: float | None  # 95 % interval over prompts; None: not figured
     high: float | None

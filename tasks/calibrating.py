@@ -16,7 +16,7 @@ log = logging.getLogger("ratchet")
 Row = tuple[ScoredRollout, JudgedRollout]
 
 
-@step(version="1")
+@step(version="2")
 def calibrate(scored: tuple[DatasetRef, ...], judged: tuple[DatasetRef, ...], writers: tuple[str, ...]) -> DatasetRef:
     """How far the judge can be trusted, on the rollouts of each of these writers."""
 

@@ -51,6 +51,7 @@ def pair_by_confidence(labelled: DatasetRef, judged: DatasetRef, minimum_margin:
             if pair is not None:
                 yield pair
 
-    reference = write_rows(pairs(), Pair, step="pairs", parents=[labelled, judged])
+    settings = {"rule": "confidence", "minimum_margin": minimum_margin}
+    reference = write_rows(pairs(), Pair, step="pairs", parents=[labelled, judged], settings=settings)
     log_counts(counts)
     return reference
