@@ -17,6 +17,7 @@ DIFFICULTIES = ((0.0, 0.25), (0.25, 0.5), (0.5, 0.75), (0.75, 1.0))  # share of 
 RESAMPLES = 1_000  # of prompts, for an interval
 
 WITHIN = "auroc within prompts"  # what a vote among the rollouts of one prompt can make use of
+FIGURES = ("auroc", WITHIN, "ece", "accuracy", "mean confidence", "share correct")
 WITH_INTERVAL = ("auroc", WITHIN, "accuracy")
 
 Numbers = NDArray[np.float64]
@@ -48,10 +49,8 @@ def verdicts(rows: Iterable[tuple[ScoredRollout, JudgedRollout]]) -> list[Verdic
 
 
 def calibration(known: Sequence[Verdict], judge: str, writer: str) -> Iterator[Calibration]:
-    """AUROC, ECE, accuracy at 0.5, mean confidence and share correct; the first and third also by difficulty."""
-    yield from _figures(
-        known, judge, writer, "all", ("auroc", WITHIN, "ece", "accuracy", "mean confidence", "share correct")
-    )
+    """All figures, and AUROC and accuracy also by how often a prompt is solved."""
+    yield from _figures(known, judge, writer, "all", FIGURES)
     shares = _pass_rates(known)
     for number, (low, high) in enumerate(DIFFICULTIES):
         last = number == len(DIFFICULTIES) - 1
@@ -169,14 +168,15 @@ def _by_weights(known: Sequence[Verdict], ids: Sequence[str], name: str) -> Call
         order, ties, right = _grouped(correct, sure)
         return lambda weights: _weighted_auroc(order, ties, right, weights[owners])
     if name == "accuracy":
-        parts, wholes = np.bincount(owners, (sure > 0.5) == correct), np.bincount(owners).astype(np.float64)
+        hits = ((sure > 0.5) == correct).astype(np.float64)
+        parts, wholes = np.bincount(owners, hits), np.bincount(owners, np.ones(len(known)))
     else:
         parts, wholes = _in_order_by_prompt(owners, correct, sure)
     return lambda weights: float(weights @ parts / whole) if (whole := weights @ wholes) else None
 
 
 def _in_order_by_prompt(owners: NDArray[np.intp], correct: NDArray[np.bool_], sure: Numbers) -> tuple[Numbers, Numbers]:
-    """By prompt: how many of its pairs of a right and a wrong rollout are in order, ties half; and how many there are."""
+    """By prompt: its pairs of a right and a wrong rollout that are in order, ties half; and all such pairs."""
     in_order, pairs = np.zeros(owners.max() + 1), np.zeros(owners.max() + 1)
     for place in range(len(pairs)):
         right, wrong = (sure[(owners == place) & (correct == kind)] for kind in (True, False))
