@@ -168,8 +168,8 @@ def _by_weights(known: Sequence[Verdict], ids: Sequence[str], name: str) -> Call
         order, ties, right = _grouped(correct, sure)
         return lambda weights: _weighted_auroc(order, ties, right, weights[owners])
     if name == "accuracy":
-        hits = ((sure > 0.5) == correct).astype(np.float64)
-        parts, wholes = np.bincount(owners, hits), np.bincount(owners, np.ones(len(known)))
+        hits = owners[(sure > 0.5) == correct]
+        parts, wholes = (np.bincount(each, minlength=len(ids)).astype(np.float64) for each in (hits, owners))
     else:
         parts, wholes = _in_order_by_prompt(owners, correct, sure)
     return lambda weights: float(weights @ parts / whole) if (whole := weights @ wholes) else None
