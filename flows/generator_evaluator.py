@@ -101,6 +101,7 @@ class GeneratorEvaluator(Settings):
     filter_above: FilterAbove = 0.5
     gate: Gate = Gate()
     published: dict[str, dict[str, float | None]] | None = None  # policy -> strategy -> percent, shown beside ours
+    published_of: str | None = None  # what model and data those are of
     seed: int = Field(default=0, ge=0)
 
     @model_validator(mode="after")

@@ -93,6 +93,7 @@ def render(experiment: Experiment) -> str:
         accuracy_plot=_accuracy_plot(iterations),
         loss_plot=_loss_plot(iterations),
         published=published_rows(config, iterations),
+        published_of=config.get("published_of"),
         calibrations=[(record.label, table) for record in iterations if (table := calibration_table(record))],
         held_out_losses=list(held_out_losses(iterations)),
         samples=[sample for record in iterations for sample in _samples(record)],

@@ -1,5 +1,6 @@
 """Judging as steps, on the fake engine."""
 
+import json
 import re
 from collections.abc import Callable
 from dataclasses import replace
@@ -202,3 +203,24 @@ def test_an_endpoint_that_tells_of_no_label_is_refused_before_anything_is_judged
         pytest.raises(JudgeError, match=r"found: 'Cor', 'Inc'\. Choose labels that are one token each"),
     ):
         check_labels(ModelRef(name="m"), ASKING, OpenAI(endpoints=(server.url,), scoring="top_logprobs"))
+
+
+def test_labels_that_share_their_first_token_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A server whose tokens are of four letters: Valid and Valium both begin with Vali."""
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+
+    def answer(number: int, body: dict[str, Any]) -> Reply:
+        last = body["messages"][-1]
+        label = last["content"] if last["role"] == "assistant" else ""
+        tokens = [label[at : at + 4] for at in range(0, len(label), 4)]
+        places = [None, {"prompt": {"logprob": -1.0}}, *({token: {"logprob": -len(token) / 8}} for token in tokens)]
+        choice = {"message": {"content": "x"}, "finish_reason": "length"}
+        return 200, {}, json.dumps({"choices": [choice], "prompt_logprobs": places}).encode()
+
+    judge = Judge(positive="Valid", negative="Valium", label_tokens="one")
+    asking = ASKING.model_copy(update={"judge": judge})
+    with serving(answer) as server, pytest.raises(JudgeError) as caught:
+        check_labels(ModelRef(name="m"), asking, OpenAI(endpoints=(server.url,)))
+    assert "the labels take so many tokens: 'Valid' 2, 'Valium' 2" in str(caught.value)
+    assert "'Valid' and 'Valium' share their first token" in str(caught.value)
+    assert "choose labels that begin differently" in str(caught.value)
