@@ -2,6 +2,7 @@
 
 import io
 import json
+import textwrap
 from collections.abc import Iterator, Sequence
 from itertools import islice
 from pathlib import Path
@@ -16,6 +17,7 @@ from tasks.planning import current_plan
 from tasks.tables import calibration_table, held_out_losses, published_rows, training_metrics
 
 SAMPLES_OF_A_KIND = 2
+LABEL_WIDTH = 16  # characters of a policy's label in a plot, in a line
 KINDS = {1.0: "right", 0.0: "wrong", None: "undecided"}
 
 
@@ -149,7 +151,7 @@ def _samples(record: IterationRecord) -> Iterator[Sample]:
 
 def _accuracy_plot(iterations: Sequence[IterationRecord]) -> Any:
     figure, (axes,) = _figure(columns=1)
-    labels = [record.label for record in iterations]
+    labels = [textwrap.fill(record.label, LABEL_WIDTH, break_long_words=False) for record in iterations]
     for strategy in strategies(iterations):
         known = [(n, record.metrics[strategy]) for n, record in enumerate(iterations) if strategy in record.metrics]
         values = [100 * metric["value"] for _, metric in known]

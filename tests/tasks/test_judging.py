@@ -12,6 +12,7 @@ import pytest
 from models.specs import Fake, ModelRef, OpenAI, PromptTemplate, Sampling
 from storage.arithmetic import Arithmetic
 from storage.datasets import DatasetRef, read_rows, write_rows
+from storage.experiments import StepRecord
 from storage.hub import Source
 from storage.rows import Calibration, Demonstration, JudgedRollout, Prompt, Rollout, ScoredRollout
 from tasks import judging
@@ -25,6 +26,7 @@ from tasks.labels import LabelFree
 from tasks.loading import load_prompts
 from tasks.mixing import load_both_tasks, mix_tasks
 from tasks.mixtures import ClassMissing, Mixture
+from tasks.recording import Progress, listening
 from tasks.sampling import sample_rollouts
 from tasks.scoring import score_answers
 from tasks.selecting import select_demonstrations
@@ -60,6 +62,20 @@ def test_every_rollout_is_judged_in_order_and_its_confidence_kept() -> None:
     assert all(row.confidence is not None and row.judge == POLICY.identity for row in rows)
     keys = [(row.prompt_id, row.rollout_index) for row in rows]
     assert keys == [(row.prompt_id, row.rollout_index) for row in read_rows(score(drawn), ScoredRollout)]
+
+
+def test_judging_tells_how_far_it_is() -> None:
+    drawn, told = rollouts(), list[Progress]()
+
+    def listen(event: StepRecord | Progress) -> None:
+        if isinstance(event, Progress) and event.step == "judge_rollouts":
+            told.append(event)
+
+    with listening(listen):
+        judge_rollouts(POLICY, drawn, ASKING, Fake())
+    assert {event.total for event in told} == {160}
+    assert [event.done for event in told] == sorted(event.done for event in told)
+    assert told[-1].done == 160
 
 
 def test_shards_that_are_done_are_not_judged_again(monkeypatch: pytest.MonkeyPatch) -> None:
