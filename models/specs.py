@@ -124,6 +124,11 @@ class OpenAI(Settings):
     scoring: Literal["prompt_logprobs", "top_logprobs"] = "prompt_logprobs"
     top_logprobs: int = Field(default=20, ge=2, le=20)  # asked for in the latter case; others are unknown
 
+    def key(self) -> dict[str, Any]:
+        """How continuations are scored only where it is not exact, so that ledgers drawn without a judge stay good."""
+        unseen = {"scoring", "top_logprobs"} if self.scoring == "prompt_logprobs" else set()
+        return {name: value for name, value in super().key().items() if name not in unseen}
+
 
 class Fake(Settings):
     """A deterministic engine without a model, for tests and smoke presets."""

@@ -21,7 +21,7 @@ from tasks.calibrations import JudgeGate
 from tasks.evaluating import evaluate_answers
 from tasks.judgements import Asking, Judge
 from tasks.judging import JudgeError, check_labels, judge_rollouts
-from tasks.labelling import hide_answers, label_by_confidence, pair_by_confidence
+from tasks.labelling import NothingPaired, hide_answers, label_by_confidence, pair_by_confidence
 from tasks.labels import LabelFree
 from tasks.loading import load_prompts
 from tasks.mixing import load_both_tasks, mix_tasks
@@ -240,3 +240,18 @@ def test_labels_that_share_their_first_token_are_refused(monkeypatch: pytest.Mon
     assert "the labels take so many tokens: 'Valid' 2, 'Valium' 2" in str(caught.value)
     assert "'Valid' and 'Valium' share their first token" in str(caught.value)
     assert "choose labels that begin differently" in str(caught.value)
+
+
+def test_where_no_prompt_gives_a_pair_the_reasons_are_counted() -> None:
+    verdicts = judge_rollouts(POLICY, rollouts(hide_answers(load_prompts(SUMS, ()))), ASKING, Fake())
+    labelled = label_by_confidence(verdicts, LabelFree(minimum_votes=2))
+    with pytest.raises(NothingPaired, match=r"made no pair of 20 prompts \(.*pair below minimum_margin \d+.*now 1\)"):
+        pair_by_confidence(labelled, verdicts, 1.0, 5)
+
+
+def test_a_judge_that_nothing_is_known_of_is_told() -> None:
+    drawn = rollouts()
+    unread = score_answers(drawn, load_prompts(SUMS, ()), "no such marker")
+    verdicts = judge_rollouts(POLICY, drawn, ASKING, Fake())
+    with pytest.raises(JudgeError, match="not one of 160 rollouts of the dev split was decided both by"):
+        calibrate((unread,), (verdicts,), ("own",))
