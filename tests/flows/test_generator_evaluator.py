@@ -63,7 +63,8 @@ def test_every_stage_is_recorded_with_its_strategies_and_its_calibration() -> No
         "AUROC",
         "within prompts",
         "ECE",
-        "Self-preference",
+        "too sure by",
+        "self-preference",
     ):
         assert shown in judged
     assert "unpaired: right only" in html or "unpaired: neither" in html
