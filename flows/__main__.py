@@ -70,7 +70,7 @@ def run(
         finally:
             stopping.set()
             close_engines()
-    from tasks.reporting import published_rows
+    from tasks.tables import published_rows
 
     records = experiment.iterations()
     for table in iteration_tables(records):

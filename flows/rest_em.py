@@ -21,7 +21,7 @@ from models.specs import (
     TinyModel,
 )
 from storage.hub import Source
-from tasks.checking import Read
+from tasks.checking import Read, reads_of_splits
 from tasks.evaluating import Evaluation, HeldOut, assess
 from tasks.loading import draw_prompts, load_demonstrations, load_prompts, open_folder
 from tasks.metrics import parse_strategy
@@ -99,14 +99,8 @@ class RestEM(Settings):
 
     def reads(self) -> list[Read]:
         """The sources this experiment reads, and what their rows must have."""
-        examples = self.few_shot is not None
         corpus = [Read("base.corpus", self.base.corpus, completions=True)] if isinstance(self.base, TinyBase) else []
-        return [
-            Read("train", self.train, answers=True, completions=examples, apart=True),
-            Read("dev", self.dev, answers=True, apart=True),
-            Read("test", self.test, answers=True, apart=True),
-            *corpus,
-        ]
+        return [*reads_of_splits(self, examples=self.few_shot is not None), *corpus]
 
     def templates(self) -> dict[str, tuple[ModelRef | None, PromptTemplate]]:
         """How the base and the policies trained from it are prompted."""

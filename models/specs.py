@@ -121,6 +121,14 @@ class OpenAI(Settings):
     timeout_seconds: float = Field(default=600.0, gt=0)
     max_retries: int = Field(default=4, ge=0)
     logprobs: bool = True  # ask for them; False: for servers that refuse, cumulative_logprob is then unknown
+    # how continuations are scored: exactly, by `vllm serve`; or, one token each, by what hosted endpoints report
+    scoring: Literal["prompt_logprobs", "top_logprobs"] = "prompt_logprobs"
+    top_logprobs: int = Field(default=20, ge=2, le=20)  # asked for in the latter case; others are unknown
+
+    def key(self) -> dict[str, Any]:
+        """How continuations are scored only where it is not exact, so that ledgers drawn without a judge stay good."""
+        unseen = {"scoring", "top_logprobs"} if self.scoring == "prompt_logprobs" else set()
+        return {name: value for name, value in super().key().items() if name not in unseen}
 
     @field_validator("endpoints")
     @classmethod

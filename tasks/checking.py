@@ -46,6 +46,32 @@ class Checkable(Protocol):
         """Each way a model is prompted, by a label; None: a model of ours, with the tiny chat template."""
 
 
+class Splits(Protocol):
+    """A recipe's config, as far as its three sources of prompts go."""
+
+    @property
+    def train(self) -> Source: ...
+
+    @property
+    def dev(self) -> Source: ...
+
+    @property
+    def test(self) -> Source: ...
+
+
+def reads_of_splits(config: Splits, *, examples: bool) -> list[Read]:
+    """Prompts with gold answers to train on, to decide by and to report, kept apart.
+
+    Args:
+        examples: whether training prompts serve as worked examples too, and so need completions.
+    """
+    return [
+        Read("train", config.train, answers=True, completions=examples, apart=True),
+        Read("dev", config.dev, answers=True, apart=True),
+        Read("test", config.test, answers=True, apart=True),
+    ]
+
+
 def faults(config: Checkable) -> list[str]:
     """Every fault of the experiment, in words; empty when it can be run."""
     found = list(_home_faults())

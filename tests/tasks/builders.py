@@ -1,6 +1,6 @@
 """Tiny builders of rows: only what a test is about is spelt out."""
 
-from storage.rows import Demonstration, EvaluatedPrompt, Rollout, ScoredRollout
+from storage.rows import Demonstration, EvaluatedPrompt, JudgedRollout, Rollout, ScoredRollout
 
 
 def scored(
@@ -65,3 +65,32 @@ def evaluated(prompt_id: str, value: float, strategy: str = "mean@1") -> Evaluat
     return EvaluatedPrompt(
         prompt_id=prompt_id, strategy=strategy, value=value, rollouts=4, k=1, undecided=0, answer=None
     )
+
+
+def judged(
+    index: int, answer: str | None, sure: float | None, *, prompt_id: str = "p", finish_reason: str = "stop"
+) -> JudgedRollout:
+    """A judged rollout; its text is its own."""
+    return JudgedRollout(
+        prompt_id=prompt_id,
+        rollout_index=index,
+        prompt=f"prompt {prompt_id}",
+        completion=f"completion {index}",
+        completion_tokens=5,
+        finish_reason=finish_reason,
+        cumulative_logprob=None,
+        policy="fake:tests",
+        answer=answer,
+        confidence=sure,
+        positive_logprob=None,
+        negative_logprob=None,
+        judge="fake:tests",
+        reason="judged",
+    )
+
+
+def both(
+    answer: str | None, reward: float | None, sure: float | None, index: int
+) -> tuple[ScoredRollout, JudgedRollout]:
+    """A rollout scored and judged."""
+    return scored(index, reward, answer=answer), judged(index, answer, sure)
