@@ -31,7 +31,7 @@ class Lines:
         self._bar = Progress(
             TextColumn("  {task.description}"),
             BarColumn(bar_width=30),
-            TextColumn("{task.completed:,.0f}/{task.total:,.0f}  {task.fields[speed]}"),
+            TextColumn("{task.completed:,.0f}/{task.total:,.0f} {task.fields[unit]}  {task.fields[speed]}"),
             TimeRemainingColumn(compact=True),
             console=console,
             transient=True,
@@ -73,14 +73,15 @@ class Lines:
         now = time.monotonic()
         if self._task is None:
             self._started, self._said, self._before = now, now, event.done
-            self._task = self._bar.add_task(event.step, total=event.total, speed="")
+            self._task = self._bar.add_task(event.step, total=event.total, speed="", unit=event.unit)
         seconds = max(now - self._started, 0.1)
         written, judged = event.tokens / seconds, (event.done - self._before) / seconds
-        speed = f"{written:,.0f} tokens/s" if event.tokens else f"{judged:,.0f} rows/s"
+        speed = f"{written:,.0f} tokens/s" if event.tokens else f"{judged:,.0f} {event.unit}/s"
         self._bar.update(self._task, description=event.step, completed=event.done, total=event.total, speed=speed)
         if not self._console.is_terminal and now - self._said >= PLAIN_SECONDS:
             self._said = now
-            self._console.print(f"      {event.step}: {event.done:,} of {event.total:,}  {speed}", markup=False)
+            done = f"{event.done:,} of {event.total:,} {event.unit}"
+            self._console.print(f"      {event.step}: {done}, {speed}", markup=False)
 
 
 def iteration_tables(records: Sequence[IterationRecord]) -> Iterator[Table]:

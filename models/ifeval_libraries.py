@@ -29,11 +29,11 @@ def missing_for_ifeval() -> str | None:
     return None
 
 
-def prepare_ifeval(folders: Sequence[Path]) -> str:
+def prepare_ifeval(folders: Sequence[Path], *, may_download: bool) -> str:
     """Have IFEval's libraries at hand; says how sentences will be told apart: by "punkt_tab", or by `STAND_IN`.
 
-    NLTK's sentence model for English, punkt_tab, is searched for where NLTK looks and in `folders`, then asked for from
-    the network. Without it the same splitter works with a few abbreviations and nothing learnt; two of the 25 kinds of
+    NLTK's sentence model for English, punkt_tab, is searched for where NLTK looks and in `folders`, then, if that is
+    allowed, asked for from the network. Without it the same splitter works with a few abbreviations and nothing learnt; two of the 25 kinds of
     instructions depend on it.
     """
     if missing := missing_for_ifeval():
@@ -43,7 +43,7 @@ def prepare_ifeval(folders: Sequence[Path]) -> str:
 
     langdetect.DetectorFactory.seed = 0  # else it draws anew each time
     nltk.data.path += [str(folder) for folder in folders if str(folder) not in nltk.data.path]
-    if (found := _punkt(nltk)) is None:
+    if (found := _punkt(nltk)) is None and may_download:
         for _ in nltk.downloader.Downloader().incr_download("punkt_tab"):
             pass  # its messages: the note of the figures says it better
         found = _punkt(nltk)

@@ -20,6 +20,7 @@ from storage.digests import file_sha256
 from storage.rows import BenchmarkMetric, BenchmarkSample
 from tasks.benchmarks import KNOWN, Benchmark, Benchmarks, figures
 from tasks.caching import log_counts, step
+from tasks.planning import current_plan
 from tasks.recording import Progress, announce, current_iteration
 from tasks.serving import raise_if_stopping, serve
 
@@ -90,7 +91,7 @@ def material_of(benchmark: Benchmark) -> Material:
         BenchmarkError: lm-eval, or what IFEval needs beside it, is not installed.
     """
     version = harness.version()
-    sentences = ifeval_libraries.prepare_ifeval(_nltk_folders()) if benchmark.task == "ifeval" else None
+    sentences = _sentences() if benchmark.task == "ifeval" else None
     files = [
         f"{name}/{split} {file_sha256(file)}"
         for name, config in _parts(benchmark)
@@ -118,7 +119,7 @@ def benchmark_faults(benchmarks: Benchmarks) -> list[str]:
 
 def notes_of(benchmark: Benchmark) -> str:
     """What keeps a figure from being compared with others'; empty: nothing known."""
-    if benchmark.task == "ifeval" and ifeval_libraries.prepare_ifeval(_nltk_folders()) == ifeval_libraries.STAND_IN:
+    if benchmark.task == "ifeval" and _sentences() == ifeval_libraries.STAND_IN:
         return (
             "NLTK's punkt_tab is not here and a simpler model told sentences apart, for the 64 of 541 prompts that "
             "count them or words in capitals; run `python -m nltk.downloader punkt_tab`, or put it into "
@@ -187,7 +188,15 @@ def _answers(task: harness.TaskToRun, served: Engine, template: PromptTemplate |
         if time.monotonic() - last >= 1.0 or done == total:
             last = time.monotonic()
             announce(
-                Progress(step=task.name, iteration=current_iteration(), done=done, total=total, tokens=0, reused=0)
+                Progress(
+                    step=task.name,
+                    iteration=current_iteration(),
+                    done=done,
+                    total=total,
+                    tokens=0,
+                    reused=0,
+                    unit="requests",
+                )
             )
 
     return harness.run_task(task, served, template, tell)
@@ -217,6 +226,9 @@ def _sample(answer: harness.Answer, benchmark: Benchmark, policy: ModelRef) -> B
     )
 
 
-def _nltk_folders() -> list[Path]:
+def _sentences() -> str:
+    """How IFEval tells sentences apart here; a plan downloads nothing."""
     root = os.environ.get("RATCHET_DATA")
-    return [Path(root, "nltk_data")] if root else []
+    may_download = current_plan() is None and os.environ.get("HF_HUB_OFFLINE") != "1"
+    folders = [Path(root, "nltk_data")] if root else []
+    return ifeval_libraries.prepare_ifeval(folders, may_download=may_download)

@@ -96,7 +96,7 @@ def test_figures_and_log_probabilities_are_those_of_lm_evals_own_backend(
 ) -> None:
     if name == "ifeval":
         pytest.importorskip("langdetect", reason="IFEval needs langdetect: pip install 'lm-eval[ifeval]'")
-        prepare_ifeval([])
+        prepare_ifeval([], may_download=False)
     task = task_of(name, shots)
     answers = harness.run_task(task, engine, PromptTemplate() if chat else None)
     expected = evaluated_by_lm_eval(task, reference, chat=chat)

@@ -20,6 +20,7 @@ from tasks.benchmarking import (
     material_of,
 )
 from tasks.benchmarks import KNOWN, Benchmark, Benchmarks
+from tasks.planning import planning
 from tests.benchmark_documents import write_documents
 
 pytestmark = pytest.mark.flow  # lm-eval takes seconds to import
@@ -32,6 +33,7 @@ SPOKEN = PromptTemplate(system="Be brief.", user="Say: $prompt")
 def documents(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     root = write_documents(tmp_path / "documents")
     monkeypatch.setenv("RATCHET_DATA", str(root))
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")  # nothing is downloaded here, neither documents nor NLTK's model
     return root
 
 
@@ -100,7 +102,9 @@ def test_all_four_accuracies_of_ifeval_are_figured_and_a_missing_sentence_model_
     # and 4 of 6 instructions.
     assert metrics["prompt_level_strict_acc"].value == 2 / 4
     assert metrics["inst_level_strict_acc"].value == pytest.approx(4 / 6)
-    assert ("punkt_tab" in metrics["inst_level_strict_acc"].note) is (prepare_ifeval([]) == STAND_IN)
+    assert ("punkt_tab" in metrics["inst_level_strict_acc"].note) is (
+        prepare_ifeval([], may_download=False) == STAND_IN
+    )
 
 
 def test_an_answered_benchmark_is_not_answered_again() -> None:
@@ -145,7 +149,7 @@ def test_a_library_that_is_not_installed_is_asked_for(monkeypatch: pytest.Monkey
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name == "langdetect" else name)
     wanted = r"IFEval needs langdetect.*pip install 'ratchet-lm\[evaluation\]'"
     with pytest.raises(BenchmarkError, match=wanted):
-        prepare_ifeval([])
+        prepare_ifeval([], may_download=False)
     (fault,) = benchmark_faults(Benchmarks(tasks=(Benchmark(task="ifeval"),)))
     assert re.match(wanted, fault)
 
@@ -159,6 +163,7 @@ def test_faults_are_found_before_anything_is_run(documents: Path, monkeypatch: p
     assert faults(task="gsm8k", shots=0) == []
     assert "without its split train (there are: test)" in faults(task="gsm8k")[0]
     monkeypatch.setenv("RATCHET_DATA", str(documents / "elsewhere"))
+    monkeypatch.delenv("HF_HUB_OFFLINE")
     assert faults(task="hellaswag") == []  # the hub's
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     assert "put its splits validation, train at <RATCHET_DATA>/hellaswag/<split>.jsonl" in faults(task="hellaswag")[0]
@@ -170,3 +175,14 @@ def test_files_are_found_by_the_whole_id_and_as_the_hub_names_them(documents: Pa
     (folder / "validation-00000-of-00001.parquet").touch()
     found = local_splits("Rowan/hellaswag", None, config_optional=True)
     assert found == {"validation": folder / "validation-00000-of-00001.parquet"}
+
+
+def test_a_plan_counts_the_benchmarks_and_runs_none() -> None:
+    benchmarks = Benchmarks(tasks=(Benchmark(task="gsm8k", shots=0), Benchmark(task="winogrande", shots=0)))
+    with planning() as planned:
+        evaluate_benchmarks(POLICY, SPOKEN, benchmarks, Fake())
+    assert [(one.step, one.cached) for one in planned] == [
+        ("answer_benchmark", False),
+        ("answer_benchmark", False),
+        ("summarise_benchmarks", False),
+    ]
