@@ -14,11 +14,10 @@ from prefect import flow
 from pydantic import Discriminator, Field, Tag, model_validator
 
 from flows.rest_em import TinyBase
-from models.harness import BenchmarkError
 from models.specs import EngineSettings, ModelRef, Preference, PromptTemplate, Sampling, Settings
 from storage.datasets import DatasetRef
 from storage.hub import Source
-from tasks.benchmarking import evaluate_benchmarks, material_of
+from tasks.benchmarking import evaluate_benchmarks
 from tasks.benchmarks import Benchmarks
 from tasks.checking import Read
 from tasks.consistency import Consistency
@@ -182,11 +181,6 @@ class AutoIF(Settings):
                     pass
             except (ValueError, OSError) as error:
                 found.append(f"evaluation_prompts: {error}")
-        for benchmark in () if self.benchmarks is None else self.benchmarks.tasks:
-            try:
-                material_of(benchmark)
-            except BenchmarkError as error:
-                found.append(f"benchmarks: {error}")
         try:
             isolation(self.limits)
         except SandboxError as error:
@@ -209,9 +203,14 @@ class HeldOut(NamedTuple):
 
 
 @flow(name="autoif", flow_run_name="{config.experiment}", task_runner=shard_threads())
-def autoif(config: AutoIF) -> ModelRef:
-    """Train a policy to follow instructions that programs check. Returns the policy that stands."""
-    with experiment_run(config.experiment, config.model_dump(mode="json")) as experiment:
+def autoif(config: AutoIF, *, advance: bool = False) -> ModelRef:
+    """Train a policy to follow instructions that programs check. Returns the policy that stands.
+
+    Args:
+        config: The experiment: its models, queries, what the supervisor is asked, checks, sampling, training and gate.
+        advance: End after the first iteration that has something to do, as a schedule wants it.
+    """
+    with experiment_run(config.experiment, config.model_dump(mode="json"), advance=advance) as experiment:
         base = open_base(config)
         supervisor = open_supervisor(config.supervisor, base, config.engine)
         queries = Queries(
@@ -228,21 +227,21 @@ def autoif(config: AutoIF) -> ModelRef:
         with iteration(0):
             incumbent = assess(config, base, trusted, held_out)
             begin(experiment, incumbent, **measure(config, base))
-        for first in range(1, config.iterations * len(config.dpo) + 1, len(config.dpo)):
-            sampled = incumbent.policy
-            with iteration(first):
-                sampling = config.completing.sampling.for_iteration(first)
+        for number in each_iteration(range(1, config.iterations * len(config.dpo) + 1)):
+            place = (number - 1) % len(config.dpo)
+            if place == 0:
+                sampled = incumbent.policy
+                sampling = config.completing.sampling.for_iteration(number)
                 completions = complete(config, sampled, trusted, instances, sampling)  # N a query and instruction
                 verified = verify_rollouts(instances, trusted.checked, *completions, config.limits)
                 scored = score_by_votes(instances, *completions, verified, config.voting)  # pass rates
                 if config.judge is not None:
                     scored = judge(config, config.judge, supervisor, scored, instances)
-                pairs = pair_rollouts(scored, config.pairing, first)  # the shorter list is cycled
-            for number in each_iteration(range(first, first + len(config.dpo))):
-                policy = train_preferences(sampled, (pairs,), config.template, config.dpo[number - first])
-                challenger = assess(config, policy, trusted, held_out)
-                made = {"scored": scored, **measure(config, policy)}
-                incumbent = promote(experiment, config.label_of(number), challenger, incumbent, config.gate, **made)
+                pairs = pair_rollouts(scored, config.pairing, number)  # the shorter list is cycled
+            policy = train_preferences(sampled, (pairs,), config.template, config.dpo[place])
+            challenger = assess(config, policy, trusted, held_out)
+            made = {"scored": scored, **measure(config, policy)}
+            incumbent = promote(experiment, config.label_of(number), challenger, incumbent, config.gate, **made)
     publish_report(experiment)
     return incumbent.policy
 

@@ -8,9 +8,8 @@ one vocabulary and confidences exact; a judge that is no better than chance on d
 and not the test split decides which policy stands. All data sets 2 to 4 are made by the policy of data set 1.
 """
 
-from operator import itemgetter
 from string import Template
-from typing import Annotated, Literal, NamedTuple
+from typing import Annotated, Literal
 
 from prefect import flow
 from pydantic import Discriminator, Field, Tag, model_validator
@@ -19,30 +18,24 @@ from flows.rest_em import TinyBase
 from models.specs import SFT, EngineSettings, ModelRef, Preference, PromptTemplate, Sampling, Settings
 from storage.datasets import DatasetRef
 from storage.hub import Source
-from tasks.checking import Read
-from tasks.evaluating import Contender, Evaluation, HeldOut, evaluate_answers
-from tasks.judgements import Judge, JudgeGate, LabelFree, Mixture, as_it_is
-from tasks.judging import (
-    Asking,
-    calibrate,
-    check_judge,
-    check_labels,
-    choose_filter,
-    evaluate_judgements,
-    hide_answers,
-    judge_rollouts,
-    label_by_confidence,
-    load_both_tasks,
-    mix_tasks,
-    pair_by_confidence,
-)
+from tasks.calibrating import check_judge
+from tasks.calibrations import JudgeGate
+from tasks.checking import Read, reads_of_splits
+from tasks.evaluating import Evaluation, HeldOut
+from tasks.examining import Examination, FilterAbove, examine
+from tasks.judgements import Asking, Judge, as_it_is
+from tasks.judging import check_labels, judge_rollouts
+from tasks.labelling import hide_answers, label_by_confidence, pair_by_confidence
+from tasks.labels import LabelFree
 from tasks.loading import draw_prompts, load_prompts, open_folder
 from tasks.metrics import parse_strategy
+from tasks.mixing import load_both_tasks, mix_tasks
+from tasks.mixtures import Mixture
 from tasks.promoting import begin, promote
 from tasks.promotion import Gate
 from tasks.prompting import first_template
 from tasks.prompts import FewShot
-from tasks.recording import experiment_run, iteration, split
+from tasks.recording import experiment_run, iteration
 from tasks.reporting import publish_report
 from tasks.sampling import sample_rollouts, shard_threads
 from tasks.scoring import score_answers
@@ -105,10 +98,10 @@ class GeneratorEvaluator(Settings):
     sft: SFT
     label_free: LabelFreeStages | None = None
     evaluation: Evaluation
-    # maj@k with filter: only rollouts of more confidence vote; dev: as many as do best on the dev split
-    filter_above: Annotated[float, Field(ge=0, le=1)] | Literal["dev"] = 0.5
+    filter_above: FilterAbove = 0.5
     gate: Gate = Gate()
     published: dict[str, dict[str, float | None]] | None = None  # policy -> strategy -> percent, shown beside ours
+    published_of: str | None = None  # what model and data those are of
     seed: int = Field(default=0, ge=0)
 
     @model_validator(mode="after")
@@ -129,21 +122,26 @@ class GeneratorEvaluator(Settings):
         """How rollouts are put before the judge."""
         return Asking(judge=self.judge, template=self.template, marker=self.marker)
 
+    @property
+    def examination(self) -> Examination:
+        """How policies are examined."""
+        return Examination(
+            engine=self.engine,
+            asking=self.asking,
+            evaluation=self.evaluation,
+            gate=self.gate,
+            filter_above=self.filter_above,
+        )
+
     def reads(self) -> list[Read]:
         """The sources this experiment reads, and what their rows must have."""
-        examples = self.few_shot is not None
         corpora = []
         if isinstance(self.base, TinyJudgingBase):
             corpora = [
                 Read("base.corpus", self.base.corpus, completions=True),
                 *(Read("base.judged", one, answers=True, completions=True) for one in self.base.judged),
             ]
-        return [
-            Read("train", self.train, answers=True, completions=examples, apart=True),
-            Read("dev", self.dev, answers=True, apart=True),
-            Read("test", self.test, answers=True, apart=True),
-            *corpora,
-        ]
+        return [*reads_of_splits(self, examples=self.few_shot is not None), *corpora]
 
     def templates(self) -> dict[str, tuple[ModelRef | None, PromptTemplate]]:
         """How the base, the policies trained from it and the judge are prompted."""
@@ -160,69 +158,54 @@ class GeneratorEvaluator(Settings):
         return self.selection.model_copy(update={"target_rows": self.target_rows[min(stage, 2) - 1]})
 
 
-class Rated(NamedTuple):
-    """Rollouts, and which of them are right by gold answers."""
-
-    rollouts: DatasetRef
-    scored: DatasetRef
-
-
-class Examined(NamedTuple):
-    """A policy that was measured as a writer and, where it judges, as a judge."""
-
-    contender: Contender
-    dev: Rated
-    judged: dict[str, DatasetRef]  # "calibration", if there is one
-
-
 @flow(name="generator-evaluator", flow_run_name="{config.experiment}", task_runner=shard_threads())
-def generator_evaluator(config: GeneratorEvaluator) -> ModelRef:
-    """Train one model to write and to judge, then to learn from its own judgement. Returns the policy that stands."""
-    with experiment_run(config.experiment, config.model_dump(mode="json")) as experiment:
+def generator_evaluator(config: GeneratorEvaluator, *, advance: bool = False) -> ModelRef:
+    """Train one model to write and to judge, then to learn from its own judgement. Returns the policy that stands.
+
+    Args:
+        config: The experiment: its models, data, sampling, judging, training and gate.
+        advance: End after the first iteration that has something to do, as a schedule wants it.
+    """
+    with experiment_run(config.experiment, config.model_dump(mode="json"), advance=advance) as experiment:
         few_shot, examples = first_template(config.template, config.few_shot, config.train, config.marker)
         train = load_prompts(config.train, without=examples)
         held_out = HeldOut(load_prompts(config.dev, without=()), load_prompts(config.test, without=()))
+        how = config.examination
         with iteration(0):
             base = open_base(config)
             check_labels(base, config.asking, config.engine)
-            judges = isinstance(config.base, TinyJudgingBase)
-            start = examine(config, base, few_shot, held_out, judges=judges, other=None)
+            start = examine(base, few_shot, held_out, how, judges=isinstance(config.base, TinyJudgingBase))
             begin(experiment, start.contender, **start.judged)
+        standing = start.contender
 
         with iteration(1):
             drawn = draw_prompts(train, config.prompts_per_stage or train.rows, 1, config.seed)
-            rated = rate(config, base, few_shot, drawn, config.sampling.for_iteration(1))
-            first = train_both(config, base, rated.scored, 1)  # data set 1 -> M1
-            one = examine(config, first, config.template, held_out, judges=True, other=start.dev)
+            scored = rate(config, base, few_shot, drawn, 1)
+            first = train_both(config, base, scored, 1)  # data set 1 -> M1
+            one = examine(first, config.template, held_out, how, other=start.dev)
             standing = promote(
-                experiment,
-                "SFT Dataset 1",
-                one.contender,
-                start.contender,
-                config.gate,
-                scored=rated.scored,
-                **one.judged,
+                experiment, "SFT Dataset 1", one.contender, standing, config.gate, scored=scored, **one.judged
             )
         with iteration(2):
             drawn = draw_prompts(train, config.prompts_per_stage or train.rows, 2, config.seed)
-            rated = rate(config, first, config.template, drawn, config.sampling.for_iteration(2))
-            policy = train_both(config, base, rated.scored, 2)  # data set 2 -> M2
-            two = examine(config, policy, config.template, held_out, judges=True, other=start.dev)
+            scored = rate(config, first, config.template, drawn, 2)
+            second = train_both(config, base, scored, 2)  # data set 2 -> M2
+            two = examine(second, config.template, held_out, how, other=start.dev)
             standing = promote(
-                experiment, "SFT Dataset 2", two.contender, standing, config.gate, scored=rated.scored, **two.judged
+                experiment, "SFT Dataset 2", two.contender, standing, config.gate, scored=scored, **two.judged
             )
         if config.label_free is not None:
             publish_report(experiment)  # should the judge be refused, what there is can be read
             check_judge(one.judged["calibration"], config.label_free.gate)
             with iteration(3):
-                judged, labelled = label_without_gold(config, first, drawn)
+                judged, labelled = label_without_gold(config, first, drawn, config.label_free.labelling)
                 solve = select_demonstrations(labelled, config.selection_of(3), 3, config.marker)  # data set 3
-                policy = train_sft(base, (solve,), config.template, config.sft)
-                three = examine(config, policy, config.template, held_out, judges=False, other=None)
+                third = train_sft(base, (solve,), config.template, config.sft)
+                three = examine(third, config.template, held_out, how, judges=False)
                 standing = promote(experiment, "SFT Dataset 3", three.contender, standing, config.gate, scored=labelled)
             with iteration(4):
                 fourth = train_both(config, base, labelled, 4)  # data set 4
-                four = examine(config, fourth, config.template, held_out, judges=True, other=start.dev)
+                four = examine(fourth, config.template, held_out, how, other=start.dev)
                 standing = promote(
                     experiment, "SFT Dataset 4", four.contender, standing, config.gate, scored=labelled, **four.judged
                 )
@@ -230,7 +213,7 @@ def generator_evaluator(config: GeneratorEvaluator) -> ModelRef:
                 with iteration(number):
                     pairs = pair_by_confidence(labelled, judged, dpo.minimum_margin, number)
                     policy = train_preferences(fourth, (pairs,), config.template, dpo.preference)
-                    last = examine(config, policy, config.template, held_out, judges=True, other=start.dev)
+                    last = examine(policy, config.template, held_out, how, other=start.dev)
                     standing = promote(experiment, dpo.label, last.contender, standing, config.gate, **last.judged)
     publish_report(experiment)
     return standing.policy
@@ -245,23 +228,22 @@ def open_base(config: GeneratorEvaluator) -> ModelRef:
 
 
 def rate(
-    config: GeneratorEvaluator, policy: ModelRef, template: PromptTemplate, prompts: DatasetRef, sampling: Sampling
-) -> Rated:
-    """Sample a policy and score it by gold answers."""
-    rollouts = sample_rollouts(policy, prompts, template, sampling, config.engine)
-    return Rated(rollouts, score_answers(rollouts, prompts, config.marker))
+    config: GeneratorEvaluator, policy: ModelRef, template: PromptTemplate, prompts: DatasetRef, stage: int
+) -> DatasetRef:
+    """Rollouts of a policy, scored by gold answers."""
+    rollouts = sample_rollouts(policy, prompts, template, config.sampling.for_iteration(stage), config.engine)
+    return score_answers(rollouts, prompts, config.marker)
 
 
 def label_without_gold(
-    config: GeneratorEvaluator, policy: ModelRef, prompts: DatasetRef
+    config: GeneratorEvaluator, policy: ModelRef, prompts: DatasetRef, labelling: LabelFree
 ) -> tuple[DatasetRef, DatasetRef]:
     """Rollouts judged by their own writer, and what is taken for right and wrong; no gold answer is in reach."""
-    assert config.label_free is not None
     hidden = hide_answers(prompts)
     sampling = config.sampling.for_iteration(2)  # the rollouts of data set 2, from the ledger
     rollouts = sample_rollouts(policy, hidden, config.template, sampling, config.engine)
     judged = judge_rollouts(policy, rollouts, config.asking, config.engine)
-    return judged, label_by_confidence(judged, config.label_free.labelling)
+    return judged, label_by_confidence(judged, labelling)
 
 
 def train_both(config: GeneratorEvaluator, base: ModelRef, scored: DatasetRef, stage: int) -> ModelRef:
@@ -274,41 +256,3 @@ def train_both(config: GeneratorEvaluator, base: ModelRef, scored: DatasetRef, s
         else ()
     )
     return train_sft(base, (mixed,), as_it_is(config.template), config.sft, held_out)
-
-
-def examine(
-    config: GeneratorEvaluator,
-    policy: ModelRef,
-    template: PromptTemplate,
-    held_out: HeldOut,
-    *,
-    judges: bool,
-    other: Rated | None,
-) -> Examined:
-    """Measure a policy on dev and test; as a judge on its own rollouts and on those of another policy."""
-    with split("dev"):
-        dev = rate(config, policy, template, held_out.dev, config.evaluation.dev)
-        gated = evaluate_answers((dev.scored,), ((config.gate.strategy,),))
-    with split("test"):
-        passes = [rate(config, policy, template, held_out.test, one.sampling) for one in config.evaluation.test]
-        test = evaluate_answers(
-            tuple(one.scored for one in passes), tuple(one.strategies for one in config.evaluation.test)
-        )
-    if not judges:
-        return Examined(Contender(policy, template, gated, test), dev, {})
-    with split("dev"):
-        written = {"own": dev, **({} if other is None else {"base": other})}
-        judged = tuple(judge_rollouts(policy, one.rollouts, config.asking, config.engine) for one in written.values())
-        calibration = calibrate(tuple(one.scored for one in written.values()), judged, tuple(written))
-        above = choose_filter(dev.scored, judged[0]) if config.filter_above == "dev" else config.filter_above
-    with split("test"):
-        k, most = max(
-            (
-                (one.sampling.rollouts_per_prompt, rated)
-                for one, rated in zip(config.evaluation.test, passes, strict=True)
-            ),
-            key=itemgetter(0),
-        )
-        verdicts = judge_rollouts(policy, most.rollouts, config.asking, config.engine)
-        test = evaluate_judgements(test, most.scored, verdicts, k, above)
-    return Examined(Contender(policy, template, gated, test), dev, {"calibration": calibration})

@@ -21,7 +21,7 @@ from models.specs import (
     TinyModel,
 )
 from storage.hub import Source
-from tasks.checking import Read
+from tasks.checking import Read, reads_of_splits
 from tasks.evaluating import Evaluation, HeldOut, assess
 from tasks.loading import draw_prompts, load_demonstrations, load_prompts, open_folder
 from tasks.metrics import parse_strategy
@@ -99,14 +99,8 @@ class RestEM(Settings):
 
     def reads(self) -> list[Read]:
         """The sources this experiment reads, and what their rows must have."""
-        examples = self.few_shot is not None
         corpus = [Read("base.corpus", self.base.corpus, completions=True)] if isinstance(self.base, TinyBase) else []
-        return [
-            Read("train", self.train, answers=True, completions=examples, apart=True),
-            Read("dev", self.dev, answers=True, apart=True),
-            Read("test", self.test, answers=True, apart=True),
-            *corpus,
-        ]
+        return [*reads_of_splits(self, examples=self.few_shot is not None), *corpus]
 
     def templates(self) -> dict[str, tuple[ModelRef | None, PromptTemplate]]:
         """How the base and the policies trained from it are prompted."""
@@ -122,9 +116,14 @@ class RestEM(Settings):
 
 
 @flow(name="rest-em", flow_run_name="{config.experiment}", task_runner=shard_threads())
-def rest_em(config: RestEM) -> ModelRef:
-    """Alternate sampling and retraining; every M-step starts from the base model. Returns the policy that stands."""
-    with experiment_run(config.experiment, config.model_dump(mode="json")) as experiment:
+def rest_em(config: RestEM, *, advance: bool = False) -> ModelRef:
+    """Alternate sampling and retraining; every M-step starts from the base model. Returns the policy that stands.
+
+    Args:
+        config: The experiment: its models, data, sampling, training and gate.
+        advance: End after the first iteration that has something to do, as a schedule wants it.
+    """
+    with experiment_run(config.experiment, config.model_dump(mode="json"), advance=advance) as experiment:
         few_shot, examples = first_template(config.template, config.few_shot, config.train, config.marker)
         train = load_prompts(config.train, without=examples)
         held_out = HeldOut(load_prompts(config.dev, without=()), load_prompts(config.test, without=()))

@@ -18,7 +18,7 @@ from storage.experiments import Experiment, IterationRecord, StepRecord
 if TYPE_CHECKING:
     from tasks.planning import PlannedStep
     from tasks.recording import Progress as RowProgress
-    from tasks.reporting import PublishedFigure
+    from tasks.tables import PublishedFigure
     from tasks.yields import YieldTable
 
 PLAIN_SECONDS = 10.0  # between two progress lines where there is no bar
@@ -32,7 +32,7 @@ class Lines:
         self._bar = Progress(
             TextColumn("  {task.description}"),
             BarColumn(bar_width=30),
-            TextColumn("{task.completed:,.0f}/{task.total:,.0f}  {task.fields[speed]}"),
+            TextColumn("{task.completed:,.0f}/{task.total:,.0f} {task.fields[unit]}  {task.fields[speed]}"),
             TimeRemainingColumn(compact=True),
             console=console,
             transient=True,
@@ -40,6 +40,7 @@ class Lines:
         )
         self._task: TaskID | None = None
         self._started = self._said = 0.0
+        self._before = 0  # rollouts that were done when the bar began
         self._lock = threading.Lock()
 
     def __enter__(self) -> "Lines":
@@ -73,13 +74,16 @@ class Lines:
     def _rows(self, event: "RowProgress") -> None:
         now = time.monotonic()
         if self._task is None:
-            self._started, self._said = now, now
-            self._task = self._bar.add_task(event.step, total=event.total, speed="")
-        speed = f"{event.tokens / max(now - self._started, 0.1):,.0f} tokens/s" if event.tokens else ""
+            self._started, self._said, self._before = now, now, event.done
+            self._task = self._bar.add_task(event.step, total=event.total, speed="", unit=event.unit)
+        seconds = max(now - self._started, 0.1)
+        written, judged = event.tokens / seconds, (event.done - self._before) / seconds
+        speed = f"{written:,.0f} tokens/s" if event.tokens else f"{judged:,.0f} {event.unit}/s"
         self._bar.update(self._task, description=event.step, completed=event.done, total=event.total, speed=speed)
         if not self._console.is_terminal and now - self._said >= PLAIN_SECONDS:
             self._said = now
-            self._console.print(f"      {event.step}: {event.done:,} of {event.total:,}  {speed}", markup=False)
+            done = f"{event.done:,} of {event.total:,} {event.unit}"
+            self._console.print(f"      {event.step}: {done}, {speed}", markup=False)
 
 
 def iteration_tables(records: Sequence[IterationRecord]) -> Iterator[Table]:

@@ -23,6 +23,18 @@ class EngineConfigurationError(ValueError):
     """The engine cannot run this model or these settings; trying again would not help."""
 
 
+class UnknownProbability(EngineConfigurationError):
+    """The engine cannot tell how likely a continuation is. That is not to say that it is unlikely.
+
+    Args:
+        found: the tokens whose probabilities it did tell.
+    """
+
+    def __init__(self, reason: str, *, found: Sequence[str] = ()) -> None:
+        super().__init__(reason)
+        self.found = tuple(found)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LocalModel:
     """A model and where its files are on this machine."""
@@ -110,6 +122,7 @@ class Engine(Protocol):
         Raises:
             EngineError: as in `sample`.
             EngineConfigurationError: as in `sample`, or the engine cannot score.
+            UnknownProbability: it can, but not one of these continuations here.
         """
 
     def score_all(self, requests: Iterable[ScoreRequest]) -> Iterator[ScoredTokens]:

@@ -3,12 +3,21 @@
 A row type *is* its Parquet schema (storage/schemas.py). Text here is plain: no chat template, no special tokens.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from typing import Any, TypeVar
+
+R = TypeVar("R", bound="Row")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Row:
     """Base of all row types."""
+
+
+def derive(row_type: type[R], row: Row, **more: Any) -> R:
+    """A row of another type with what it has in common with this one, and more."""
+    names = {field.name for field in fields(row)} - more.keys()
+    return row_type(**{one.name: getattr(row, one.name) for one in fields(row_type) if one.name in names}, **more)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -82,7 +91,7 @@ class Calibration(Row):
     judge: str  # identity of the model that judged
     writer: str  # "own": the judge's own rollouts; else whose they are
     group: str  # "all", or a range of difficulty: "solved 25-50 %"
-    name: str  # "auroc", "ece", "accuracy", "mean confidence", "share correct"
+    name: str  # "auroc", "auroc within prompts", "ece", "accuracy", "mean confidence", "share correct"
     value: float
     low: float | None  # 95 % interval over prompts; None: not figured
     high: float | None

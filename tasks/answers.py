@@ -10,7 +10,7 @@ from collections.abc import Hashable
 from fractions import Fraction
 from functools import lru_cache
 
-from storage.rows import Rollout, ScoredRollout
+from storage.rows import Rollout, ScoredRollout, derive
 
 SCORER = "answer_match@1"
 LONGEST_ANSWER = 200  # characters; a longer line is prose or a run-away number, and int() of it would be slow
@@ -136,20 +136,7 @@ def score_by_answer(rollout: Rollout, gold: str, marker: str) -> ScoredRollout:
     """
     answer = extract_answer(rollout.completion, marker)
     reward, reason = _verdict(rollout, answer, gold, marker)
-    return ScoredRollout(
-        prompt_id=rollout.prompt_id,
-        rollout_index=rollout.rollout_index,
-        prompt=rollout.prompt,
-        completion=rollout.completion,
-        completion_tokens=rollout.completion_tokens,
-        finish_reason=rollout.finish_reason,
-        cumulative_logprob=rollout.cumulative_logprob,
-        policy=rollout.policy,
-        answer=answer,
-        reward=reward,
-        reason=reason,
-        scorer=SCORER,
-    )
+    return derive(ScoredRollout, rollout, answer=answer, reward=reward, reason=reason, scorer=SCORER)
 
 
 def _verdict(rollout: Rollout, answer: str | None, gold: str, marker: str) -> tuple[float | None, str]:

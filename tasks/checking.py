@@ -24,6 +24,8 @@ from models.specs import (
 )
 from storage.home import home
 from storage.hub import Source
+from tasks.benchmarking import benchmark_faults
+from tasks.benchmarks import Benchmarks
 from tasks.loading import demonstrations_of, prompts_of
 
 T = TypeVar("T")
@@ -69,6 +71,32 @@ class ChecksItself(Protocol):
         """Every fault, in words, that only this recipe can have."""
 
 
+class Splits(Protocol):
+    """A recipe's config, as far as its three sources of prompts go."""
+
+    @property
+    def train(self) -> Source: ...
+
+    @property
+    def dev(self) -> Source: ...
+
+    @property
+    def test(self) -> Source: ...
+
+
+def reads_of_splits(config: Splits, *, examples: bool) -> list[Read]:
+    """Prompts with gold answers to train on, to decide by and to report, kept apart.
+
+    Args:
+        examples: whether training prompts serve as worked examples too, and so need completions.
+    """
+    return [
+        Read("train", config.train, answers=True, completions=examples, apart=True),
+        Read("dev", config.dev, answers=True, apart=True),
+        Read("test", config.test, answers=True, apart=True),
+    ]
+
+
 def faults(config: Checkable) -> list[str]:
     """Every fault of the experiment, in words; empty when it can be run."""
     found = list(_home_faults())
@@ -89,6 +117,7 @@ def faults(config: Checkable) -> list[str]:
         if isinstance(engine, VLLM):
             found += _length_faults(name, sampling, engine.max_model_len)
     found += [fault for name, one in _parts(config, Optimization) for fault in _training_faults(name, one)]
+    found += [fault for _, one in _parts(config, Benchmarks) for fault in benchmark_faults(one)]
     return found
 
 

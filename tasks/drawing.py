@@ -11,7 +11,7 @@ from models.engine import Completion, Request
 from models.specs import EngineSettings, ModelRef, PromptTemplate, Sampling
 from storage.ledger import Ledger, LedgerWriter
 from storage.rows import Prompt, Rollout
-from tasks.recording import Progress, announce, current_iteration
+from tasks.recording import Progress, announce, current_iteration, current_split
 from tasks.serving import raise_if_stopping, serve
 
 
@@ -34,28 +34,29 @@ class Job:
 class Meter:
     """Rows and tokens finished over all shards, announced about once a second."""
 
-    def __init__(self, total: int, reused: int) -> None:
-        self.total, self.reused = total, reused
+    def __init__(self, total: int, reused: int, step: str = "sample_rollouts") -> None:
+        self.total, self.reused, self.step = total, reused, step
         self.done, self.tokens = reused, 0
         self._lock = threading.Lock()
         self._announced = 0.0
 
-    def add(self, completion: Completion) -> None:
-        """Count one rollout."""
+    def add(self, *, rows: int = 1, tokens: int = 0) -> None:
+        """Count rows that are finished, and the tokens that were written for them."""
         with self._lock:
-            self.done += 1
-            self.tokens += completion.completion_tokens
+            self.done += rows
+            self.tokens += tokens
             now = time.monotonic()
             if now - self._announced < 1.0 and self.done < self.total:
                 return
             self._announced = now
             progress = Progress(
-                step="sample_rollouts",
+                step=self.step,
                 iteration=current_iteration(),
                 done=self.done,
                 total=self.total,
                 tokens=self.tokens,
                 reused=self.reused,
+                split=current_split(),
             )
         announce(progress)
 
@@ -87,7 +88,7 @@ def draw(job: Job, shard: Shard) -> Iterator[Rollout]:
         for completion in engine.sample(requests, job.sampling):
             rollout = _rollout(completion, prompts, seeds[completion.key], job.policy)
             writer.add(rollout)
-            job.meter.add(completion)
+            job.meter.add(tokens=completion.completion_tokens)
             yield rollout
             raise_if_stopping()
 

@@ -20,6 +20,7 @@ from storage.home import home
 from storage.results import StepResult, find_result
 
 SAMPLING, GATHERING = "sample_rollouts", "gather_rollouts"  # the former draws into a ledger, the latter has the key
+KEYED_AS = {SAMPLING: GATHERING, "judge_rollouts": "gather_judged"}  # what is asked for -> the step that has its key
 
 _DIGEST = re.compile(r"[0-9a-f]{32}")
 Verdict = Literal["first run", "reused", "same key", "changed", "unknown"]
@@ -92,7 +93,7 @@ def explain(step: str, experiment: str | None = None, iteration: int | None = No
     """
     chosen = _experiment_of(step, experiment)
     records = chosen.steps()
-    visits = _visits(records, GATHERING if step == SAMPLING else step)
+    visits = _visits(records, KEYED_AS.get(step, step))
     last_run = max((found for calls in visits.values() for found in calls), key=lambda visit: visit.number).record.run
     shown = {
         place: calls
@@ -137,7 +138,7 @@ def _experiment_of(step: str, name: str | None) -> Experiment:
     if not known:
         there = ", ".join(one.name for one in experiments()) or "none yet"
         raise ValueError(f"there is no experiment {name or ''!r} in {home()}; there are: {there}")
-    recorded = GATHERING if step == SAMPLING else step
+    recorded = KEYED_AS.get(step, step)
     ran = {one.name: max((r.at for r in one.steps() if r.step == recorded), default="") for one in known}
     chosen = max(known, key=lambda one: ran[one.name])
     if not ran[chosen.name]:

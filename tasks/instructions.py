@@ -42,9 +42,7 @@ EXAMPLES = (
     Example(query="Suggest a name for a cat.", instruction="Put the name between two stars, like *this*."),
     Example(query="Why is the sky blue?", instruction="Let no sentence be longer than twelve words."),
     Example(query="Plan a picnic for five people.", instruction="Begin every line with the same letter."),
-    Example(
-        query="Tell me about the moon.", instruction="Put a line of three dashes into the answer."
-    ),
+    Example(query="Tell me about the moon.", instruction="Put a line of three dashes into the answer."),
 )
 
 

@@ -1,94 +1,35 @@
 """The OpenAI engine against a small server on loopback that fails on purpose."""
 
 import json
-import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from math import exp, log
 from typing import Any
 
 import pytest
 
 from models import openai_engine
-from models.engine import PLAIN, Completion, EngineConfigurationError, EngineError, Request, ScoreRequest, open_engine
+from models.engine import (
+    PLAIN,
+    Completion,
+    EngineConfigurationError,
+    EngineError,
+    Request,
+    ScoreRequest,
+    UnknownProbability,
+    open_engine,
+)
 from models.specs import ModelRef, OpenAI, Sampling
+from tests.models.endpoints import Reply, likeliest, ok, serving
 
 pytestmark = pytest.mark.flow  # a library, a server or a run that takes too long for every save
 
-Reply = tuple[int, dict[str, str], bytes]  # status, headers, body
 SAMPLING = Sampling(temperature=0.5, top_k=-1, max_completion_tokens=20, stop=("###",))
-USAGE = {"prompt_tokens": 5, "completion_tokens": 2}
 
 
 @pytest.fixture(autouse=True)
 def short_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(openai_engine, "FIRST_PAUSE_SECONDS", 0.005)
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
-
-
-class Server(ThreadingHTTPServer):
-    """Answers the nth request with `answer(n, body)`, and keeps what it was asked."""
-
-    daemon_threads = True
-    request_queue_size = 64
-
-    def __init__(self, answer: Callable[[int, dict[str, Any]], Reply]) -> None:
-        super().__init__(("127.0.0.1", 0), Handler)
-        self.answer = answer
-        self.bodies: list[dict[str, Any]] = []
-        self.headers: list[dict[str, str]] = []
-        self.busy = self.busiest = 0
-        self.lock = threading.Lock()
-
-    @property
-    def url(self) -> str:
-        return f"http://127.0.0.1:{self.server_address[1]}/v1"
-
-    def handle_error(self, request: Any, client_address: Any) -> None:
-        """A client that left is no news."""
-
-
-class Handler(BaseHTTPRequestHandler):
-    protocol_version = "HTTP/1.1"
-    server: Server
-
-    def do_POST(self) -> None:
-        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        with self.server.lock:
-            number = len(self.server.bodies)
-            self.server.bodies.append({"path": self.path, **body})
-            self.server.headers.append(dict(self.headers))
-            self.server.busy += 1
-            self.server.busiest = max(self.server.busy, self.server.busiest)
-        status, headers, content = self.server.answer(number, body)
-        with self.server.lock:
-            self.server.busy -= 1
-        self.send_response(status)
-        for name, value in {"Content-Length": str(len(content)), **headers}.items():
-            self.send_header(name, value)
-        self.end_headers()
-        self.wfile.write(content)
-        self.close_connection = True
-
-    def log_message(self, format: str, *values: object) -> None:
-        """Nothing."""
-
-
-@contextmanager
-def serving(answer: Callable[[int, dict[str, Any]], Reply]) -> Iterator[Server]:
-    server = Server(answer)
-    threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
-    try:
-        yield server
-    finally:
-        server.shutdown()
-        server.server_close()
-
-
-def ok(text: str = "FINE", **more: Any) -> Reply:
-    choice = {"message": {"content": text}, "finish_reason": "stop", **more}
-    return 200, {}, json.dumps({"choices": [choice], "usage": USAGE}).encode()
 
 
 def failing(status: int, message: str = "busy", **headers: str) -> Reply:
@@ -312,6 +253,60 @@ def test_plain_text_is_refused_since_the_server_would_put_its_template_around_it
         list(engine.score_all([plain]))
 
 
+def test_a_prompt_that_the_server_renders_otherwise_before_a_given_reply_is_refused() -> None:
+    def answer(number: int, body: dict[str, Any]) -> Reply:
+        opened = body["messages"][-1]["role"] == "user"
+        tokens = ["0", "1", "2"] if opened else ["0", "1", "23", "4"]  # the prompt's last was merged with the label
+        places = [None, *({token: {"logprob": -1.0}} for token in tokens[1:])]
+        content = {"choices": [{"message": {"content": "x"}, "finish_reason": "length"}], "prompt_logprobs": places}
+        return 200, {}, json.dumps(content).encode()
+
+    with (
+        serving(answer) as server,
+        open_engine(OpenAI(endpoints=(server.url,)), ModelRef(name="m")) as engine,
+        pytest.raises(EngineConfigurationError, match=r"token 2 of the prompt is .* not of one text"),
+    ):
+        engine.score([{"role": "user", "content": "Is it right?"}], ["Yes"])
+
+
+def test_score_by_the_likeliest_tokens_adds_up_spellings_and_asks_once() -> None:
+    tokens = (("Yes", log(0.5)), (" Yes", log(0.25)), ("No", log(0.125)), ("Maybe", log(0.0625)))
+    with (
+        serving(lambda number, body: likeliest(*tokens)) as server,
+        open_engine(OpenAI(endpoints=(server.url,), scoring="top_logprobs"), ModelRef(name="m")) as engine,
+    ):
+        (positive,), (negative,), nothing = engine.score([{"role": "user", "content": "?"}], ["Yes", "No", ""])
+    assert exp(positive) == pytest.approx(0.75)  # 0.5 + 0.25: a space before it makes no other answer
+    assert exp(negative) == pytest.approx(0.125)
+    assert nothing == []
+    (asked,) = server.bodies
+    assert (asked["logprobs"], asked["top_logprobs"], asked["max_tokens"], asked["temperature"]) == (True, 20, 1, 1.0)
+
+
+def test_a_label_that_is_not_among_the_likeliest_tokens_is_unknown_and_not_impossible() -> None:
+    with (
+        serving(lambda number, body: likeliest(("Yes", -0.01), ("Sure", -5.0))) as server,
+        open_engine(OpenAI(endpoints=(server.url,), scoring="top_logprobs"), ModelRef(name="m")) as engine,
+        pytest.raises(UnknownProbability, match="'No' is not among the 20 likeliest first tokens") as caught,
+    ):
+        engine.score([{"role": "user", "content": "?"}], ["Yes", "No"])
+    assert caught.value.found == ("Yes", "Sure")
+
+
+@pytest.mark.parametrize(
+    "reply",
+    [ok(), ok(logprobs=None), ok(logprobs={"content": []}), ok(logprobs={"content": [{"token": "x"}]})],
+    ids=["no field", "null", "no token", "no likeliest tokens"],
+)
+def test_an_endpoint_without_logprobs_is_named_as_such(reply: Reply) -> None:
+    with (
+        serving(lambda number, body: reply) as server,
+        open_engine(OpenAI(endpoints=(server.url,), scoring="top_logprobs"), ModelRef(name="m")) as engine,
+        pytest.raises(EngineConfigurationError, match=r"expected to hold logprobs.content\[0\].top_logprobs"),
+    ):
+        engine.score([{"role": "user", "content": "?"}], ["Yes"])
+
+
 def test_endpoint_that_cannot_score_is_named_as_such() -> None:
     messages = [{"role": "user", "content": "Is it right?"}]
     with (
@@ -325,3 +320,8 @@ def test_endpoint_that_cannot_score_is_named_as_such() -> None:
 def test_chat_template_of_ones_own_is_refused() -> None:
     with pytest.raises(EngineConfigurationError, match="start the server with them"):
         open_engine(OpenAI(endpoints=("http://x/v1",)), ModelRef(name="m", chat_template="{{ messages }}"))
+
+
+def test_exact_scoring_leaves_the_key_of_what_was_sampled_before_it_could_be_chosen() -> None:
+    assert OpenAI(endpoints=("http://x/v1",), top_logprobs=5).key() == {"kind": "openai", "logprobs": True}
+    assert OpenAI(endpoints=("http://x/v1",), scoring="top_logprobs").key()["top_logprobs"] == 20

@@ -5,6 +5,7 @@ from storage.rows import (
     EvaluatedPrompt,
     Instance,
     Instruction,
+    JudgedRollout,
     Rollout,
     ScoredRollout,
     Verification,
@@ -123,3 +124,32 @@ def verification(verifier_id: str, outcome: str, index: int = 0, prompt_id: str 
         shown=False,
         isolation="tests",
     )
+
+
+def judged(
+    index: int, answer: str | None, sure: float | None, *, prompt_id: str = "p", finish_reason: str = "stop"
+) -> JudgedRollout:
+    """A judged rollout; its text is its own."""
+    return JudgedRollout(
+        prompt_id=prompt_id,
+        rollout_index=index,
+        prompt=f"prompt {prompt_id}",
+        completion=f"completion {index}",
+        completion_tokens=5,
+        finish_reason=finish_reason,
+        cumulative_logprob=None,
+        policy="fake:tests",
+        answer=answer,
+        confidence=sure,
+        positive_logprob=None,
+        negative_logprob=None,
+        judge="fake:tests",
+        reason="judged",
+    )
+
+
+def both(
+    answer: str | None, reward: float | None, sure: float | None, index: int
+) -> tuple[ScoredRollout, JudgedRollout]:
+    """A rollout scored and judged."""
+    return scored(index, reward, answer=answer), judged(index, answer, sure)
