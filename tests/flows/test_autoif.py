@@ -184,6 +184,14 @@ def test_several_settings_of_dpo_train_on_the_same_pairs() -> None:
 
 
 @pytest.mark.flow
+def test_a_scheduled_run_trains_and_measures_one_policy_and_the_next_run_another() -> None:
+    config = config_of(SMOKE, "dpo=[{beta: 0.1}, {beta: 1.0}]")
+    for labels in (["base", "DPO, beta 0.1"], ["base", "DPO, beta 0.1", "DPO, beta 1"]):
+        autoif.fn(config, advance=True)
+        assert [record.label for record in Experiment(config.experiment).iterations()] == labels
+
+
+@pytest.mark.flow
 def test_the_report_shows_yields_and_published_figures_beside_ours() -> None:
     published = 'published={base: {mean@1: 41.5, "ifeval x": 3.0}, seed 4: {mean@1: 50.0}}'
     experiment = run_plainly(published, "published_yields={seed 4: {queries: 10000, instances: 1836}}")
