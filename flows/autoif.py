@@ -211,6 +211,7 @@ def autoif(config: AutoIF, *, advance: bool = False) -> ModelRef:
         advance: End after the first iteration that has something to do, as a schedule wants it.
     """
     with experiment_run(config.experiment, config.model_dump(mode="json"), advance=advance) as experiment:
+        isolation(config.limits)  # without a sandbox nothing is begun, on whatever machine a schedule runs this
         base = open_base(config)
         supervisor = open_supervisor(config.supervisor, base, config.engine)
         queries = Queries(

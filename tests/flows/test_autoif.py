@@ -456,6 +456,17 @@ def test_without_a_sandbox_nothing_runs_unless_that_is_allowed_by_name(
     assert allowed[0] is True
 
 
+@pytest.mark.flow
+def test_a_scheduled_run_without_a_sandbox_samples_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    def isolation(limits: object) -> str:
+        raise SandboxError("seccomp: not here")
+
+    monkeypatch.setattr("flows.autoif.isolation", isolation)
+    with heard() as steps, pytest.raises(SandboxError, match="seccomp: not here"):
+        run_plainly()
+    assert steps == []
+
+
 def test_no_preset_can_allow_what_the_flag_allows() -> None:
     with pytest.raises(PresetError, match=r"limits\.allow_unsandboxed: there is no such key"):
         config_of(SMOKE, "limits.allow_unsandboxed=true")
