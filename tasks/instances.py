@@ -17,7 +17,7 @@ class Combining(Settings):
 
     text: str = "$query\n$instruction"  # the prompt, as trained on and evaluated with
     queries_per_instruction: int = Field(default=1, ge=1)  # the first is the one it was proposed for; the paper: 16
-    held_out_queries: int = Field(default=1, ge=1)  # for an instruction of the dev or the test split
+    held_out_queries: int = Field(default=1, ge=1)  # for one of dev or test; intervals take them for independent
     dev_share: float = Field(default=0.1, gt=0, lt=0.5)  # of the instructions
     test_share: float = Field(default=0.1, gt=0, lt=0.5)
     seed: int = Field(default=0, ge=0)
