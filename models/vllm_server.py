@@ -176,7 +176,13 @@ class _Server:
         parameters = SamplingParams(temperature=0.0, max_tokens=1, prompt_logprobs=0, detokenize=False)
         for number, text in message["requests"]:
             try:
-                rendered = render_scored(self._tokenizer, text["messages"], text["continuation"], text["rendering"])
+                rendered = render_scored(
+                    self._tokenizer,
+                    text["messages"],
+                    text["continuation"],
+                    text["rendering"],
+                    prompt_of=lambda _, messages: self._prompt(messages),
+                )
             except (TemplateError, EngineConfigurationError) as error:
                 self._refuse_messages(message["call"], number, error)
                 continue
