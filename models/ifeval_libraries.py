@@ -33,8 +33,9 @@ def prepare_ifeval(folders: Sequence[Path], *, may_download: bool) -> str:
     """Have IFEval's libraries at hand; says how sentences will be told apart: by "punkt_tab", or by `STAND_IN`.
 
     NLTK's sentence model for English, punkt_tab, is searched for where NLTK looks and in `folders`, then, if that is
-    allowed, asked for from the network. Without it the same splitter works with a few abbreviations and nothing learnt; two of the 25 kinds of
-    instructions depend on it.
+    allowed, asked for from the network. Without it the same splitter works with a few abbreviations and nothing
+    learnt: on GSM8K's training questions it counts otherwise in 33 of 7,473. Two of the 25 kinds of instructions
+    depend on it.
     """
     if missing := missing_for_ifeval():
         raise BenchmarkError(missing)

@@ -253,3 +253,16 @@ def test_prompt_that_may_be_cut_leaves_room_for_a_completion(engine: VLLMEngine,
     assert (drawn.prompt_tokens, drawn.completion_tokens) == (128 - 12, 12) and drawn.cut_tokens > 100
     (whole,) = engine.sample([Request(key="w", messages=QUESTION, seed=0, cut_prompt=True)], GREEDY)
     assert whole.cut_tokens == 0
+
+
+def test_messages_that_the_template_does_not_take_fail_alone(engine: VLLMEngine, folders: dict[str, Path]) -> None:
+    refusing = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system role') }}{% endif %}" + TEMPLATE
+    engine.use(model(folders["one"], template=refusing))
+    told = "'s': the chat template does not take its messages .no system role"
+    system = ({"role": "system", "content": "Be brief."}, *QUESTION)
+    drawn: list[Completion] = []
+    with pytest.raises(EngineConfigurationError, match=told):
+        drawn.extend(engine.sample([Request(key="s", messages=system, seed=0), *requests(2)], GREEDY))
+    assert len(drawn) == 2
+    with pytest.raises(EngineConfigurationError, match=told):
+        list(engine.score_all([ScoreRequest(key="s", messages=system, continuation="19")]))
