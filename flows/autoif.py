@@ -301,7 +301,8 @@ def complete(
     config: AutoIF, policy: ModelRef, trusted: Trusted, instances: DatasetRef, sampling: Sampling
 ) -> Completions:
     """The policy's completions, drawn with and without a verifier in sight as `completing.show_verifier` says."""
-    plain, shown = config.completing.plain(), config.completing.sampling.rollouts_per_prompt - config.completing.plain()
+    plain = config.completing.plain()
+    shown = sampling.rollouts_per_prompt - plain
     drawn_plain = drawn_shown = None
     if plain:
         few = sampling.model_copy(update={"rollouts_per_prompt": plain})

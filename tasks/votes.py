@@ -42,10 +42,6 @@ class Completing(Settings):
         wanted = self.sampling.rollouts_per_prompt
         return {"never": wanted, "half": wanted - wanted // 2, "always": 0}[self.show_verifier]
 
-    def drawn(self, count: int) -> Sampling:
-        """The sampling of so many of them."""
-        return self.sampling.model_copy(update={"rollouts_per_prompt": count})
-
 
 class Voting(Settings):
     """When the verifiers' votes are a reward."""
