@@ -16,7 +16,7 @@ from typing import Annotated
 
 import typer
 
-from flows import inspecting
+from flows import inspecting, measuring
 from flows.console import HomeOption, JsonOption, err, fail, out, print_json, use_home
 from flows.presets import PresetError
 from flows.recipes import Recipe
@@ -110,6 +110,8 @@ for inspect in (
     inspecting.gc,
 ):
     app.command()(inspect)
+app.command()(measuring.evaluate)
+app.command()(measuring.view_logprobs)
 
 
 @app.command()

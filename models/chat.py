@@ -5,17 +5,18 @@ that completion looks like. The template decides what comes before a completion 
 itself goes through unchanged, also where a template would trim it or put an empty reasoning block before it.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from datetime import datetime
 from string import Template
 from typing import Any
 
-from models.engine import EngineConfigurationError, Message
+from models.engine import PLAIN, EngineConfigurationError, Message
 from models.specs import PromptTemplate
 
 Tokenizer = Any  # transformers' classes are untyped here: pyproject.toml tells mypy to skip them
 
 PINNED_DAY = datetime(2024, 7, 26)  # the day Llama 3's template falls back to
+LONGEST_CHARACTER = 12  # tokens; UTF-8 takes 4 bytes, and an emoji of several joined ones comes out piece by piece
 PROBE = "The answer is 42."  # a completion no template changes, to see what it puts around one
 
 
@@ -82,7 +83,7 @@ def render_text(tokenizer: Tokenizer, messages: Sequence[Message]) -> str:
 
 def render_prompt(tokenizer: Tokenizer, messages: Sequence[Message]) -> list[int]:
     """Token ids of the messages and the opening of the assistant's turn, ready to be continued."""
-    return _ids(tokenizer, _text(tokenizer, messages, open_turn=True))
+    return _ids(tokenizer, _text(tokenizer, messages, open_turn=True), plain=_is_plain(messages))
 
 
 def render_completion(tokenizer: Tokenizer, messages: Sequence[Message], completion: str) -> list[int]:
@@ -91,6 +92,8 @@ def render_completion(tokenizer: Tokenizer, messages: Sequence[Message], complet
     Raises:
         EngineConfigurationError: the template does not render a conversation as a continuation of its prompt.
     """
+    if _is_plain(messages):
+        return [*_ids(tokenizer, completion), *([] if (end := tokenizer.eos_token_id) is None else [end])]
     closing = _closing(tokenizer, messages)
     return _up_to_the_end(tokenizer, _ids(tokenizer, completion + closing), _ids(tokenizer, closing))
 
@@ -98,6 +101,46 @@ def render_completion(tokenizer: Tokenizer, messages: Sequence[Message], complet
 def render_continuation(tokenizer: Tokenizer, continuation: str) -> list[int]:
     """Token ids of text that continues `render_prompt`, without an end of turn; this is what an engine scores."""
     return _ids(tokenizer, continuation)
+
+
+def render_scored(
+    tokenizer: Tokenizer,
+    messages: Sequence[Message],
+    continuation: str,
+    rendering: str,
+    *,
+    prompt_of: Callable[[Tokenizer, Sequence[Message]], list[int]] = render_prompt,
+) -> tuple[list[int], list[int]]:
+    """Token ids of a prompt, and of what is to be scored after it.
+
+    Args:
+        prompt_of: `render_prompt`, or what remembers its results.
+        rendering: "apart": the continuation is tokenised by itself, as a policy is trained and sampled here, without an
+            end of turn. "finished": the same with the end of turn, a whole training row. "joined": prompt and
+            continuation are tokenised as one text and split after, as lm-eval 0.4.13 does for every benchmark.
+    """
+    if rendering == "joined":
+        return _joined(tokenizer, messages, continuation)
+    prompt = prompt_of(tokenizer, messages)
+    if rendering == "finished":
+        return prompt, render_completion(tokenizer, messages, continuation)
+    return prompt, render_continuation(tokenizer, continuation)
+
+
+def token_texts(tokenizer: Tokenizer, ids: Sequence[int]) -> list[str]:
+    """The text of each token; joined, they are the text of all, special tokens included.
+
+    A character that several tokens make up stands at the last of them; the others have no text of their own.
+    """
+    texts = [""] * len(ids)
+    known, done = 0, 0  # tokens before `done` have their texts; those from `known` on are decoded again, for the spaces
+    for place in range(len(ids)):
+        before, now = _decoded(tokenizer, ids[known:done]), _decoded(tokenizer, ids[known : place + 1])
+        if now.endswith("\ufffd") and place + 1 < len(ids) and place - done < LONGEST_CHARACTER:
+            continue
+        texts[place] = now[len(before) :]
+        known, done = done, place + 1
+    return texts
 
 
 def end_of_turn(tokenizer: Tokenizer) -> int | None:
@@ -138,7 +181,31 @@ def _filled(text: str, prompt: str) -> str:
         ) from error
 
 
+def _joined(tokenizer: Tokenizer, messages: Sequence[Message], continuation: str) -> tuple[list[int], list[int]]:
+    """As lm-eval's TemplateLM._encode_pair: blanks at the prompt's end belong to the continuation."""
+    text = render_text(tokenizer, messages)
+    plain = _is_plain(messages)
+    if not text:  # what is nothing else to go by is scored after BOS or, without one, EOS
+        start = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
+        ids = _ids(tokenizer, continuation)
+        return [start], ids[1:] if ids[:1] == [start] else ids
+    stripped = text.rstrip()
+    whole = _ids(tokenizer, text + continuation, plain=plain)
+    prompt = _ids(tokenizer, stripped, plain=plain) if stripped else []
+    return whole[: len(prompt)], whole[len(prompt) :]
+
+
+def _is_plain(messages: Sequence[Message]) -> bool:
+    return len(messages) == 1 and messages[0]["role"] == PLAIN
+
+
+def _decoded(tokenizer: Tokenizer, ids: Sequence[int]) -> str:
+    return str(tokenizer.decode(list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False))
+
+
 def _text(tokenizer: Tokenizer, messages: Sequence[Message], *, open_turn: bool) -> str:
+    if _is_plain(messages):
+        return messages[0]["content"]
     # A template that asks for today's date would make every prompt another one tomorrow, hence the pinned day.
     rendered: str = tokenizer.apply_chat_template(
         list(messages), tokenize=False, add_generation_prompt=open_turn, strftime_now=PINNED_DAY.strftime
@@ -146,9 +213,10 @@ def _text(tokenizer: Tokenizer, messages: Sequence[Message], *, open_turn: bool)
     return rendered
 
 
-def _ids(tokenizer: Tokenizer, text: str) -> list[int]:
-    # The template writes BOS itself where the model wants one; the tokenizer must not add a second.
-    return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+def _ids(tokenizer: Tokenizer, text: str, *, plain: bool = False) -> list[int]:
+    # A template writes BOS itself where the model wants one, and so may a plain text; there must not be a second.
+    special = plain and not (tokenizer.bos_token and text.startswith(tokenizer.bos_token))
+    return list(tokenizer(text, add_special_tokens=special)["input_ids"])
 
 
 def _closing(tokenizer: Tokenizer, messages: Sequence[Message]) -> str:

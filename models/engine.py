@@ -7,11 +7,12 @@ that shards share one engine and its batch stays full. Engines are context manag
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol, Self
+from typing import Literal, Protocol, Self
 
 from models.specs import VLLM, EngineSettings, ModelRef, OpenAI, Sampling
 
 Message = dict[str, str]  # {"role": ..., "content": ...}
+PLAIN = "plain"  # the role of a single message that is put to the model as it is, without a chat template
 
 
 class EngineError(RuntimeError):
@@ -50,6 +51,7 @@ class Request:
     key: str  # the caller's name for it, unique within a call of `sample`
     messages: tuple[Message, ...]
     seed: int
+    cut_prompt: bool = False  # one that leaves no room loses its beginning; False: it is refused
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -62,6 +64,32 @@ class Completion:
     completion_tokens: int
     finish_reason: str  # "stop" or "length"
     cumulative_logprob: float | None
+    cut_tokens: int = 0  # of the prompt's beginning, left out for want of room
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ScoreRequest:
+    """One text whose tokens are to be scored."""
+
+    key: str  # the caller's name for it, unique within a call of `score_all`
+    messages: tuple[Message, ...]
+    continuation: str
+    rendering: Literal["apart", "joined", "finished"] = "apart"  # see models.chat.render_scored
+    in_full: bool = False  # tell of the prompt's tokens too, and of each token's text
+    cut: Literal["refuse", "left", "right"] = "refuse"  # what becomes of a text that is longer than the model takes
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ScoredTokens:
+    """Each token of one text, and how likely the model finds it after those before it."""
+
+    key: str
+    token_ids: list[int]
+    texts: list[str]  # see models.chat.token_texts; empty unless told in full
+    logprobs: list[float | None]  # natural; None: the very first token, which nothing comes before
+    greedy: list[bool]  # whether no other token was likelier
+    prompt_tokens: int  # of these tokens, the first ones are the prompt's; 0 unless told in full
+    cut_tokens: int  # left out, as `cut` says
 
 
 class Engine(Protocol):
@@ -95,6 +123,14 @@ class Engine(Protocol):
             EngineError: as in `sample`.
             EngineConfigurationError: as in `sample`, or the engine cannot score.
             UnknownProbability: it can, but not one of these continuations here.
+        """
+
+    def score_all(self, requests: Iterable[ScoreRequest]) -> Iterator[ScoredTokens]:
+        """Yield each text's tokens as they are scored, in any order; the requests are taken as needed.
+
+        Raises:
+            EngineError: as in `sample`.
+            EngineConfigurationError: as in `sample`, or the engine cannot score; raised once the others are through.
         """
 
     def generated(self) -> int:

@@ -12,7 +12,7 @@ import random
 import threading
 import time
 from collections import Counter
-from collections.abc import Coroutine, Iterable, Iterator, Sequence
+from collections.abc import Callable, Coroutine, Iterable, Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -22,11 +22,22 @@ from typing import Any, Self, TypeVar
 
 import httpx
 
-from models.engine import Completion, EngineConfigurationError, EngineError, LocalModel, Message, Request
+from models.engine import (
+    PLAIN,
+    Completion,
+    EngineConfigurationError,
+    EngineError,
+    LocalModel,
+    Message,
+    Request,
+    ScoredTokens,
+    ScoreRequest,
+)
 from models.openai_scores import among_likeliest, behind_prompt
 from models.specs import OpenAI, Sampling
 
 Body = dict[str, Any]  # a JSON object of the protocol
+R = TypeVar("R")
 T = TypeVar("T")
 
 logger = logging.getLogger("ratchet.openai")
@@ -91,15 +102,22 @@ class OpenAIEngine:
 
     def sample(self, requests: Iterable[Request], sampling: Sampling) -> Iterator[Completion]:
         """Yield each completion as it arrives. A request that fails is raised once the others are through."""
+        for completion in self._all(requests, lambda pool, request: self._drawn(pool, request, sampling)):
+            with self._lock:
+                self._generated += 1
+            yield completion
+
+    def _all(self, requests: Iterable[R], work: Callable[["_Pool", R], Coroutine[Any, Any, T]]) -> Iterator[T]:
+        """What comes of each request. One that fails is raised once the others are through."""
         pool, failure = self._ready_pool(), None
-        replies: SimpleQueue[Future[Completion]] = SimpleQueue()
-        waiting: set[Future[Completion]] = set()
+        replies: SimpleQueue[Future[T]] = SimpleQueue()
+        waiting: set[Future[T]] = set()
         remaining = iter(requests)
         try:
             while True:
                 room = 2 * self._settings.concurrency * len(self._endpoints) - len(waiting) if failure is None else 0
                 for request in itertools.islice(remaining, room):
-                    waiting.add(future := pool.submit(self._drawn(pool, request, sampling)))
+                    waiting.add(future := pool.submit(work(pool, request)))
                     future.add_done_callback(replies.put)
                 if not waiting:
                     break
@@ -107,8 +125,6 @@ class OpenAIEngine:
                 if error := done.exception():
                     failure = failure or error
                     continue
-                with self._lock:
-                    self._generated += 1
                 yield done.result()
         finally:
             for future in waiting:
@@ -122,6 +138,10 @@ class OpenAIEngine:
         if self._settings.scoring == "top_logprobs":
             return pool.submit(self._scored_by_first_token(pool, messages, continuations)).result()
         return pool.submit(self._scored_behind_prompt(pool, messages, continuations)).result()
+
+    def score_all(self, requests: Iterable[ScoreRequest]) -> Iterator[ScoredTokens]:
+        """Yield each text as it is scored. The server renders and tokenises, so `rendering` and `cut` are its own."""
+        return self._all(requests, self._told)
 
     def generated(self) -> int:
         """Completions received since the engine was opened."""
@@ -198,8 +218,32 @@ class OpenAIEngine:
         choice, _ = await pool.post("/chat/completions", body)
         return among_likeliest(choice, continuations, wanted)
 
+    async def _told(self, pool: "_Pool", request: ScoreRequest) -> ScoredTokens:
+        one = {"max_tokens": 1, "temperature": 0.0, "prompt_logprobs": 0}
+        _, opened = await pool.post("/chat/completions", self._body(request.messages, **one))
+        more = [*request.messages, {"role": "assistant", "content": request.continuation}]
+        ending = {"add_generation_prompt": False, "continue_final_message": request.rendering != "finished"}
+        _, scored = await pool.post("/chat/completions", self._body(more, **ending, **one))
+        behind_prompt(opened, scored)  # or a clear no
+        first, places = opened["prompt_logprobs"], scored["prompt_logprobs"]
+        told = [next(iter((place or {"-1": {}}).items())) for place in places[0 if request.in_full else len(first) :]]
+        return ScoredTokens(
+            key=request.key,
+            token_ids=[int(token) for token, _ in told],
+            texts=[known.get("decoded_token") or "" for _, known in told] if request.in_full else [],
+            logprobs=[known.get("logprob") for _, known in told],
+            greedy=[known.get("rank") == 1 for _, known in told],
+            prompt_tokens=len(first) if request.in_full else 0,
+            cut_tokens=0,
+        )
+
     def _body(self, messages: Sequence[Message], **fields: object) -> Body:
         assert self._model is not None
+        if any(message["role"] == PLAIN for message in messages):
+            raise EngineConfigurationError(
+                "an endpoint puts its own chat template around every text; give it chat messages, or use "
+                "engine.kind: vllm for texts without a template"
+            )
         return {"model": self._model.ref.name, "messages": list(messages), **fields}
 
 

@@ -5,6 +5,7 @@ number; replies carry it, so that shards in several threads share one engine and
 every rollout as a request of its own, with its own seed, and reports it in the step in which it finishes.
 """
 
+import dataclasses
 import itertools
 import json
 import logging
@@ -16,12 +17,23 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from queue import SimpleQueue
-from typing import Any, NamedTuple, Self
+from typing import Any, NamedTuple, Self, TypeVar
 
 from models.children import Child, environment
-from models.engine import Completion, EngineConfigurationError, EngineError, LocalModel, Message, Request
+from models.engine import (
+    Completion,
+    EngineConfigurationError,
+    EngineError,
+    LocalModel,
+    Message,
+    Request,
+    ScoredTokens,
+    ScoreRequest,
+)
 from models.specs import VLLM, Sampling
 from models.vllm_server import Line, built_for_cpu
+
+R = TypeVar("R", Request, ScoreRequest)
 
 logger = logging.getLogger("ratchet.vllm")
 
@@ -62,14 +74,36 @@ class VLLMEngine:
 
     def sample(self, requests: Iterable[Request], sampling: Sampling) -> Iterator[Completion]:
         """Yield each completion in the step it finishes. A request that fails is raised once the others are through."""
+        decoding = {"op": "sample", "sampling": sampling.model_dump(mode="json")}
+        for key, outcome in self._asked(requests, decoding):
+            with self._lock:
+                self._generated += 1
+            yield Completion(key=key, **outcome)
+
+    def score(self, messages: Sequence[Message], continuations: Sequence[str]) -> list[list[float]]:
+        """Exact log-probabilities, from vLLM's prompt log-probabilities of the rendered messages and continuation."""
+        requests = [
+            ScoreRequest(key=str(number), messages=tuple(messages), continuation=text)
+            for number, text in enumerate(continuations)
+        ]
+        found = {scored.key: scored.logprobs for scored in self.score_all(requests)}
+        return [[value for value in found[request.key] if value is not None] for request in requests]
+
+    def score_all(self, requests: Iterable[ScoreRequest]) -> Iterator[ScoredTokens]:
+        """Exact log-probabilities, yielded in the step in which they are known."""
+        for key, outcome in self._asked(requests, {"op": "score"}):
+            yield ScoredTokens(key=key, **outcome)
+
+    def _asked(self, requests: Iterable[R], asking: Line) -> Iterator[tuple[str, Line]]:
+        """(key, what came of it) of each request. One that fails is raised once the others are through."""
         link, waiting, failure = self._ready_link(), dict[int, str](), None
-        numbered, decoding = enumerate(requests), sampling.model_dump(mode="json")
+        numbered = enumerate(requests)
         with link.call() as (call, replies):
             while True:
                 room = 2 * self._settings.max_num_seqs - len(waiting) if failure is None else 0
                 if batch := list(itertools.islice(numbered, room)):
                     waiting |= {number: request.key for number, request in batch}
-                    link.send({"op": "sample", "call": call, "sampling": decoding, "requests": _plain(batch)})
+                    link.send({**asking, "call": call, "requests": [_plain(*one) for one in batch]})
                 if not waiting:
                     break
                 for number, outcome in _outcomes(replies.get()):
@@ -77,23 +111,9 @@ class VLLMEngine:
                     if isinstance(outcome, str):
                         failure = failure or EngineConfigurationError(f"request {key!r}: {outcome}")
                         continue
-                    with self._lock:
-                        self._generated += 1
-                    yield Completion(key=key, **outcome)
+                    yield key, outcome
         if failure is not None:
             raise failure
-
-    def score(self, messages: Sequence[Message], continuations: Sequence[str]) -> list[list[float]]:
-        """Exact log-probabilities, from vLLM's prompt log-probabilities of the rendered messages and continuation."""
-        link, scores = self._ready_link(), dict[int, list[float]]()
-        with link.call() as (call, replies):
-            link.send({"op": "score", "call": call, "messages": list(messages), "continuations": list(continuations)})
-            while len(scores) < len(continuations):
-                for number, outcome in _outcomes(replies.get()):
-                    if isinstance(outcome, str):
-                        raise EngineConfigurationError(f"continuation {continuations[number]!r}: {outcome}")
-                    scores[number] = outcome["logprobs"]
-        return [scores[number] for number in range(len(continuations))]
 
     def generated(self) -> int:
         """Rollouts drawn since the engine was opened, over all its children."""
@@ -268,8 +288,10 @@ def _outcomes(reply: Line) -> list[tuple[int, Line | str]]:
     return [(number, outcome) for number, outcome in _checked(reply)["outcomes"]]
 
 
-def _plain(batch: Sequence[tuple[int, Request]]) -> list[list[Any]]:
-    return [[number, list(request.messages), request.seed] for number, request in batch]
+def _plain(number: int, request: Request | ScoreRequest) -> list[Any]:
+    if isinstance(request, Request):
+        return [number, list(request.messages), request.seed, request.cut_prompt]
+    return [number, {**dataclasses.asdict(request), "messages": list(request.messages)}]
 
 
 def _variables(settings: VLLM) -> dict[str, str]:

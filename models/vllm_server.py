@@ -20,8 +20,10 @@ from pathlib import Path
 from queue import Empty, SimpleQueue
 from typing import Any, BinaryIO, NamedTuple
 
-from models.chat import end_of_turn, load_tokenizer, render_continuation, render_prompt
-from models.engine import Message
+from jinja2 import TemplateError
+
+from models.chat import end_of_turn, load_tokenizer, render_prompt, render_scored, token_texts
+from models.engine import EngineConfigurationError, Message
 from models.specs import VLLM, Sampling
 
 Line = dict[str, Any]  # one message of the protocol, as JSON
@@ -34,7 +36,10 @@ class _Open(NamedTuple):
 
     call: int
     number: int
-    scored_from: int | None  # place of the first token to score; None: a rollout
+    cut_tokens: int
+    scored_from: int | None  # place of the first token to tell of; None: a rollout
+    prompt_tokens: int = 0  # of those told of
+    in_full: bool = False
 
 
 class _Server:
@@ -137,8 +142,16 @@ class _Server:
         from vllm.sampling_params import RequestOutputKind
 
         sampling, limit = Sampling.model_validate(message["sampling"]), self._settings.max_model_len
-        for number, messages, seed in message["requests"]:
-            prompt = self._prompt(messages)
+        for number, messages, seed, may_cut in message["requests"]:
+            try:
+                prompt, cut = self._prompt(messages), 0
+            except (TemplateError, EngineConfigurationError) as error:
+                self._refuse_messages(message["call"], number, error)
+                continue
+            if may_cut:
+                room = min(sampling.max_completion_tokens, limit // 2)
+                cut = max(0, len(prompt) + room - limit)
+                prompt = prompt[cut:]
             if len(prompt) >= limit:
                 self._refuse(message["call"], number, f"its prompt takes {len(prompt)} tokens")
                 continue
@@ -153,20 +166,38 @@ class _Server:
                 logprobs=0,  # of the token drawn only
                 output_kind=RequestOutputKind.FINAL_ONLY,
             )
-            self._add(_Open(message["call"], number, None), prompt, parameters)
+            self._add(_Open(message["call"], number, cut, None), prompt, parameters)
 
     def _on_score(self, message: Line) -> None:
         from vllm import SamplingParams
 
-        prompt = self._prompt(message["messages"])
-        for number, continuation in enumerate(message["continuations"]):
-            tokens = prompt + render_continuation(self._tokenizer, continuation)
-            if len(tokens) >= self._settings.max_model_len:
+        room = self._settings.max_model_len - 1  # vLLM always draws a token
+        # vLLM does not read its prefix cache for requests with prompt_logprobs, so none of them is missing.
+        parameters = SamplingParams(temperature=0.0, max_tokens=1, prompt_logprobs=0, detokenize=False)
+        for number, text in message["requests"]:
+            try:
+                rendered = render_scored(
+                    self._tokenizer,
+                    text["messages"],
+                    text["continuation"],
+                    text["rendering"],
+                    prompt_of=lambda _, messages: self._prompt(messages),
+                )
+            except (TemplateError, EngineConfigurationError) as error:
+                self._refuse_messages(message["call"], number, error)
+                continue
+            prompt, scored = rendered
+            tokens, cut = prompt + scored, max(0, len(prompt) + len(scored) - room)
+            if cut and text["cut"] == "refuse":
                 self._refuse(message["call"], number, f"with its prompt it takes {len(tokens)} tokens")
                 continue
-            # vLLM does not read its prefix cache for requests with prompt_logprobs, so none of them is missing.
-            parameters = SamplingParams(temperature=0.0, max_tokens=1, prompt_logprobs=0, detokenize=False)
-            self._add(_Open(message["call"], number, len(prompt)), tokens, parameters)
+            left = cut if text["cut"] == "left" else 0
+            tokens, prompt_tokens = tokens[left:][:room], max(0, len(prompt) - left)
+            told_from = 0 if text["in_full"] else prompt_tokens
+            request = _Open(
+                message["call"], number, cut, told_from, prompt_tokens if text["in_full"] else 0, text["in_full"]
+            )
+            self._add(request, tokens, parameters)
 
     def _on_abort(self, message: Line) -> None:
         names = [name for name, request in self._open.items() if request.call == message["call"]]
@@ -191,6 +222,10 @@ class _Server:
         )
         self._reply(call, outcomes=[[number, error]])
 
+    def _refuse_messages(self, call: int, number: int, error: Exception) -> None:
+        told = f"the chat template does not take its messages ({error}); leave them out, or set base.chat_template"
+        self._reply(call, outcomes=[[number, told]])
+
     def _add(self, request: _Open, tokens: list[int], parameters: Any) -> None:  # vllm.SamplingParams
         name = f"{request.call}:{request.number}"
         self._open[name] = request
@@ -202,9 +237,35 @@ class _Server:
         outcomes: dict[int, list[Any]] = {}
         for output in self._llm.llm_engine.step():
             if output.finished and (request := self._open.pop(output.request_id, None)):
-                outcomes.setdefault(request.call, []).append([request.number, _outcome(output, request)])
+                outcomes.setdefault(request.call, []).append([request.number, self._outcome(output, request)])
         for call, finished in outcomes.items():
             self._reply(call, outcomes=finished)
+
+    def _outcome(self, output: Any, request: _Open) -> Line:  # output: vllm.RequestOutput
+        if request.scored_from is not None:
+            return self._scored(output, request, range(request.scored_from, len(output.prompt_token_ids)))
+        drawn = output.outputs[0]
+        return {
+            "text": drawn.text,
+            "prompt_tokens": len(output.prompt_token_ids),
+            "completion_tokens": len(drawn.token_ids),
+            "finish_reason": drawn.finish_reason,
+            "cumulative_logprob": drawn.cumulative_logprob,
+            "cut_tokens": request.cut_tokens,
+        }
+
+    def _scored(self, output: Any, request: _Open, places: range) -> Line:  # output: vllm.RequestOutput
+        tokens = output.prompt_token_ids
+        known = [(output.prompt_logprobs[place] or {}).get(tokens[place]) for place in places]  # None: the first token
+        told = [tokens[place] for place in places]
+        return {
+            "token_ids": told,
+            "texts": token_texts(self._tokenizer, told) if request.in_full else [],
+            "logprobs": [None if one is None else one.logprob for one in known],
+            "greedy": [one is not None and one.rank == 1 for one in known],
+            "prompt_tokens": request.prompt_tokens,
+            "cut_tokens": request.cut_tokens,
+        }
 
 
 def _dtype(settings: VLLM, folder: Path) -> str:
@@ -218,21 +279,6 @@ def _config(folder: Path) -> Mapping[str, Any]:
     file = folder / "config.json"
     config: Mapping[str, Any] = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
     return config
-
-
-def _outcome(output: Any, request: _Open) -> Line:  # output: vllm.RequestOutput
-    if request.scored_from is not None:
-        tokens, known = output.prompt_token_ids, output.prompt_logprobs
-        places = range(request.scored_from, len(tokens))
-        return {"logprobs": [known[place][tokens[place]].logprob for place in places]}
-    drawn = output.outputs[0]
-    return {
-        "text": drawn.text,
-        "prompt_tokens": len(output.prompt_token_ids),
-        "completion_tokens": len(drawn.token_ids),
-        "finish_reason": drawn.finish_reason,
-        "cumulative_logprob": drawn.cumulative_logprob,
-    }
 
 
 def _read_inbox(inbox: "SimpleQueue[Line | None]") -> None:

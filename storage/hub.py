@@ -141,7 +141,7 @@ def _all_rows(source: Source) -> Iterator[SourceRow]:
         return
     file = _local_file(source)
     place = str(file) if file is not None else source_name(source)
-    for line, record in _records(file) if file is not None else enumerate(_hub_records(source), start=1):
+    for line, record in file_records(file) if file is not None else enumerate(_hub_records(source), start=1):
         yield _source_row(record, line, source, place)
 
 
@@ -190,7 +190,12 @@ def _local_file(source: Source) -> Path | None:
     return next((path for path in candidates if path.is_file()), None)
 
 
-def _records(file: Path) -> Iterator[tuple[int, Mapping[str, object]]]:
+def file_records(file: Path) -> Iterator[tuple[int, Mapping[str, object]]]:
+    """The records of a JSONL or Parquet file, each with its line.
+
+    Raises:
+        ValueError: the file is neither, or a line is no record.
+    """
     if file.suffix == ".jsonl":
         return _jsonl_records(file)
     if file.suffix == ".parquet":

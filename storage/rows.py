@@ -165,3 +165,88 @@ class TrainingMetric(Row):
     optimizer_step: int
     name: str  # TRL's: "loss", "rewards/margins", "mean_token_accuracy", ...
     value: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BenchmarkSample(Row):
+    """What a policy answered to one document of a benchmark. Key: (policy, benchmark, task, filter, document)."""
+
+    benchmark: str  # "mmlu"
+    task: str  # lm-eval's: "mmlu_astronomy"
+    document: int  # its place in the split
+    filter: str  # how the answer was read: "strict-match", "flexible-extract", "none"
+    roles: list[str]  # of the messages put to the policy; "plain": one text without a chat template
+    contents: list[str]
+    continuations: list[str]  # the choices that were scored; empty where a completion was sampled
+    logprobs: list[float]  # natural, summed over each continuation's tokens
+    completions: list[str]
+    answers: list[str]  # what the filter found in the completions
+    target: str
+    metrics: list[str]
+    values: list[float]  # of each metric, in [0, 1]
+    weights: list[int]  # what each value is the mean of: IFEval's instructions; else 1
+    cut_tokens: int  # of the beginning of a prompt that was too long
+    documents: int  # that the split holds
+    limit: int | None  # of documents; None: all
+    shots: int
+    policy: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BenchmarkMetric(Row):
+    """A figure of a benchmark with its interval. Key: (policy, benchmark, task, metric, filter)."""
+
+    benchmark: str
+    task: str  # the benchmark's name: over all of its tasks
+    metric: str  # lm-eval's: "acc", "acc_norm", "exact_match", "prompt_level_strict_acc", ...
+    filter: str
+    value: float
+    low: float  # 95 % interval over documents
+    high: float
+    n: int  # documents
+    documents: int  # that the benchmark holds; n is smaller under a limit
+    limit: int | None  # of documents a task; None: all
+    shots: int
+    rendering: str  # "chat template" or "plain"
+    cut_prompts: int  # documents whose prompt was too long and lost its beginning
+    note: str  # what else keeps the figure from being compared with others'; empty: nothing known
+    policy: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TokenScore(Row):
+    """How likely a policy finds one token of a text. Key: (policy, sequence, position)."""
+
+    sequence: int  # its text, counted from 0
+    prompt_id: str
+    rollout_index: int | None
+    side: str  # "completion", "chosen" or "rejected"
+    about: str  # what is known of the text: "reward 1, match"
+    position: int  # from 0, the prompt's tokens first
+    is_prompt: bool
+    token_id: int
+    token: str  # its text; a character that several tokens make up stands at the last of them
+    logprob: float | None  # natural, given all tokens before it; None: the very first
+    cut_tokens: int  # of the text's end, which the engine's context does not hold
+    policy: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TokenComparison(Row):
+    """One token of a text under two policies. Key: (policy, reference, sequence, position)."""
+
+    sequence: int
+    prompt_id: str
+    rollout_index: int | None
+    side: str
+    about: str
+    position: int
+    is_prompt: bool
+    token_id: int
+    token: str
+    policy_logprob: float | None
+    reference_logprob: float | None
+    difference: float | None  # policy_logprob - reference_logprob
+    cut_tokens: int
+    policy: str
+    reference: str

@@ -195,7 +195,7 @@ def mean_reward(rewards: Iterable[float | None]) -> float | None:
     return sum(known) / len(known) if known else None
 
 
-def wilson(correct: float, n: int) -> Interval:
+def wilson(correct: float, n: float) -> Interval:
     """95 % interval of a proportion, `correct` out of n. Source: Wilson 1927."""
     share, spread = correct / n, Z * Z / n
     centre, half = share + spread / 2, Z * sqrt((share * (1 - share) + spread / 4) / n)

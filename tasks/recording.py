@@ -39,6 +39,7 @@ class Progress:
     tokens: int
     reused: int  # of `done`, rows that were there already
     split: str | None = None
+    unit: str = "rollouts"  # what is counted
 
 
 Listener = Callable[[StepRecord | Progress], None]
