@@ -9,7 +9,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -163,6 +163,42 @@ def test_no_run_is_lost_when_four_workers_run_fifty_experiments_in_one_home(
     logs = "".join(file.read_text() for file in tmp_path.glob("*.log"))
     assert "deadlock" not in logs
     assert "database is locked" not in logs
+
+
+def test_a_run_whose_machine_died_is_marked_crashed_and_its_retry_goes_on(
+    prefect: str, tmp_path: Path, ratchet_home: Path
+) -> None:
+    list(deploy([SMOKE], pool="dying", at_once=1, cron=None))
+    found = httpx.get(f"{prefect}/deployments/name/rest-em/rest-em-smoke").json()
+    slow = {**found["parameters"]["config"], "engine": {"kind": "fake", "seconds_per_request": 0.5}}
+    body = {"parameters": {"config": slow, "advance": True}}
+    run = httpx.post(f"{prefect}/deployments/{found['id']}/create_flow_run", json=body).json()["id"]
+    command = [sys.executable, "-m", "prefect", "worker", "start", "--pool", "dying", "--type", "process"]
+    environment = {**os.environ, "PREFECT_API_URL": prefect, "PREFECT_WORKER_QUERY_SECONDS": "2"}
+    with started(command, tmp_path / "first.log", env=environment) as worker:
+        drawn = ratchet_home / "ledger"
+        until(lambda: any(drawn.rglob("part-*.parquet")), seconds=120)  # its flow run has rows that are safe
+        os.killpg(worker.pid, signal.SIGKILL)  # worker and flow run, as when the power goes
+        assert httpx.get(f"{prefect}/flow_runs/{run}").json()["state_type"] == "RUNNING"
+    begun = time.monotonic()
+    until(lambda: httpx.get(f"{prefect}/flow_runs/{run}").json()["state_type"] == "CRASHED", seconds=300)
+    sys.stdout.write(f"Crashed {time.monotonic() - begun:.0f} s after its death\n")
+    assert time.monotonic() - begun > 60  # not before some heartbeats were missed
+    again = {"state": {"type": "SCHEDULED", "name": "AwaitingRetry"}, "force": True}
+    assert httpx.post(f"{prefect}/flow_runs/{run}/set_state", json=again).json()["status"] == "ACCEPT"
+    with started(command, tmp_path / "second.log", env=environment):
+        until(lambda: httpx.get(f"{prefect}/flow_runs/{run}").json()["state_type"] == "COMPLETED", seconds=300)
+    experiment = Experiment("rest-em-smoke")
+    assert (experiment.state().state, list(stored(experiment))) == ("advanced", ["base", "iteration 1"])
+    assert httpx.get(f"{prefect}/flow_runs/{run}").json()["name"] == "rest-em-smoke it1"
+
+
+def until(reached: Callable[[], bool], *, seconds: float) -> None:
+    """Wait for something to come true."""
+    deadline = time.monotonic() + seconds
+    while not reached():
+        assert time.monotonic() < deadline, "it did not come"
+        time.sleep(0.5)
 
 
 def ended(api: str, runs: list[str]) -> dict[str, str]:
