@@ -21,7 +21,7 @@ from flows.console import HomeOption, JsonOption, err, fail, out, print_json, us
 from flows.presets import PresetError
 from flows.recipes import Recipe
 from flows.server import ServerError, announced, importing_prefect, private_server, private_worker, served_address
-from flows.terminal import Lines, iteration_tables, plan_table, published_table
+from flows.terminal import Lines, iteration_tables, plan_table, published_table, yield_table
 from storage.experiments import Experiment
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__)
@@ -40,18 +40,26 @@ def run(
     no_prefect_server: Annotated[
         bool, typer.Option(help="run without Prefect: nothing to watch, same results")
     ] = False,
+    allow_unsandboxed: Annotated[
+        bool, typer.Option("--allow-unsandboxed", help="let generated verifiers run where no sandbox can be had")
+    ] = False,
     advance: Annotated[
         bool, typer.Option("--advance", help="end after the first iteration that has something to do")
     ] = False,
 ) -> None:
     """Run an experiment, or continue it: what is done already is reused."""
     use_home(home_)
+    if allow_unsandboxed:
+        from tasks.sandbox import isolation
+
+        isolation(allow_unsandboxed=True)  # of this process, whatever the preset says; rows tell what they ran in
     recipe = _checked(preset, set_)
     from tasks.recording import listening
     from tasks.serving import close_engines, stop, stopping
 
     stopping.clear()
     again = _command(preset, set_, home_)
+    again += " --allow-unsandboxed" if allow_unsandboxed else ""
     plain = f"{again} --no-prefect-server"
     go_on = plain if no_prefect_server else again
     experiment = Experiment(recipe.config.experiment)
@@ -70,13 +78,16 @@ def run(
         finally:
             stopping.set()
             close_engines()
-    from tasks.reporting import published_rows
+    from tasks.tables import published_rows
+    from tasks.yields import yields
 
     records = experiment.iterations()
     for table in iteration_tables(records):
         out.print(table)
     if figures := published_rows(experiment.config(), records):
         out.print(published_table(figures))
+    if found := yields(experiment.config(), experiment.steps(run=experiment.state().run)):
+        out.print(yield_table(found))
     out.print(f"Report: {experiment.folder / 'report.html'}", soft_wrap=True)
 
 
@@ -139,6 +150,9 @@ def deploy(
     cron: Annotated[
         str | None, typer.Option(help='when each does one more iteration, UTC; else "0 2 * * *", turned off')
     ] = None,
+    image: Annotated[
+        str | None, typer.Option(help="run as Kubernetes jobs of this image, a GPU each; else in workers' processes")
+    ] = None,
     yaml_: Annotated[bool, typer.Option("--yaml", help="print a prefect.yaml instead; nothing is deployed")] = False,
     home_: HomeOption = None,
 ) -> None:
@@ -154,7 +168,7 @@ def deploy(
             return
         if "PREFECT_API_URL" not in os.environ:
             fail("PREFECT_API_URL is not set; name the server to deploy to, or try it with `ratchet ui --worker`", 2)
-        for one in deploy(chosen, pool=pool, at_once=at_once, cron=cron):
+        for one in deploy(chosen, pool=pool, at_once=at_once, cron=cron, image=image):
             out.print(f"{'brought up to date' if one.existed else 'created':<19}{one.what:<11}{one.name}", markup=False)
     except PresetError as error:
         fail(str(error), 2)

@@ -11,6 +11,7 @@ from rich.table import Table
 
 from flows.console import HomeOption, JsonOption, err, fail, out, print_json, use_home
 from flows.presets import Preset, PresetError
+from flows.server import importing_prefect
 from flows.terminal import Lines
 from models.engine import EngineError
 from models.specs import EngineSettings, ModelRef, PromptTemplate, Settings
@@ -47,8 +48,10 @@ def evaluate(
     settings = read_measuring(preset, set_, task, limit)
     if settings.benchmarks is None:
         fail(f"{preset} has no `benchmarks` section; add one, or name benchmarks with --task", 2)
-    from tasks.benchmarking import evaluate_benchmarks
-
+    with importing_prefect():
+        from tasks.benchmarking import benchmark_faults, evaluate_benchmarks
+    if faults := benchmark_faults(settings.benchmarks):
+        fail("\n".join(faults), 2)
     named = named_policy(policy)
     with _working("The evaluation"):
         metrics = evaluate_benchmarks(named, settings.template, settings.benchmarks, settings.engine)
@@ -66,7 +69,7 @@ def evaluate(
 @contextmanager
 def _working(what: str) -> Iterator[None]:
     """Show steps as they end, close the engines at the end, and turn what may go wrong into a message."""
-    from models.harness import BenchmarkError
+    from models.ifeval_libraries import BenchmarkError
     from tasks.recording import listening
     from tasks.serving import close_engines, stopping
 
@@ -152,8 +155,9 @@ def view_logprobs(
     settings = read_measuring(preset, set_)
     from tasks.showing import dataset_named
     from tasks.token_pages import write_page
-    from tasks.viewing import Choice, view_logprobs
 
+    with importing_prefect():
+        from tasks.viewing import Choice, view_logprobs
     choice, policies = Choice(rows=tuple(row or ()), first=first), (named_policy(policy), named_policy(reference))
     with _working("The view"):
         compared = view_logprobs(*policies, dataset_named(rows), choice, settings.template, settings.engine)

@@ -11,10 +11,11 @@ from flows.server import importing_prefect
 RECIPES = {
     "rest_em": ("flows.rest_em", "RestEM", "rest_em"),
     "generator_evaluator": ("flows.generator_evaluator", "GeneratorEvaluator", "generator_evaluator"),
-    "instruct_tuning": ("flows.instruct_tuning", "InstructTuning", "instruct_tuning"),
     "spin": ("flows.spin", "Spin", "spin"),
+    "autoif": ("flows.autoif", "AutoIF", "autoif"),
+    "instruct_tuning": ("flows.instruct_tuning", "InstructTuning", "instruct_tuning"),
 }
-COMING = ("autoif",)
+COMING: tuple[str, ...] = ()
 
 
 class Recipe:

@@ -51,12 +51,17 @@ class ChatSource(Settings):
     @property
     def doubt(self) -> str:
         """What is not clear about the licence; empty: nothing."""
-        return "" if self.source.arithmetic is not None else doubt_about(self.source.hub, self.licence)
+        return "" if self.is_built_in else doubt_about(self.source.hub, self.licence)
+
+    @property
+    def is_built_in(self) -> bool:
+        """Whether the rows are made up here."""
+        return self.source.hub is None and self.source.path is None
 
     @property
     def licence_told(self) -> str:
         """What each row says of its licence."""
-        stated = "own" if self.source.arithmetic is not None else self.licence or "none stated"
+        stated = "own" if self.is_built_in else self.licence or "none stated"
         return f"unclear: {stated} ({self.doubt})" if self.doubt else stated
 
     def key(self) -> dict[str, Any]:

@@ -1,8 +1,10 @@
 """Contenders -> the policy that stands, and the record of each iteration."""
 
-from storage.datasets import DatasetRef
+from collections.abc import Iterable
+
+from storage.datasets import DatasetRef, read_rows
 from storage.experiments import Experiment, IterationRecord
-from storage.rows import Metric
+from storage.rows import BenchmarkMetric, Metric
 from tasks.evaluating import Contender, decide_promotion, decide_with_benchmarks, metrics_of
 from tasks.observing import publish_iteration
 from tasks.planning import current_plan
@@ -12,8 +14,11 @@ from tasks.recording import current_iteration
 # Counts that are rows left after a stage, in order; a step's other counts are rows dropped, by reason.
 FUNNEL = (
     "sampled",
+    "judged",
     "answered",
+    "decided",
     "correct",
+    "taken_for_right",
     "after_deduplication",
     "after_cap",
     "kept",
@@ -35,6 +40,7 @@ FUNNEL_STEPS = (
     "train_preferences",
 )
 NO_STAGE = ("optimizer_steps",)
+WITHOUT_GOLD = {"answered": "decided", "correct": "taken_for_right"}  # what a judge says is not what is so
 
 
 def begin(experiment: Experiment, base: Contender, **measured: DatasetRef) -> None:
@@ -67,7 +73,12 @@ def _record(
     number = current_iteration()
     assert number is not None  # flows record inside an iteration
     counts = _counts(experiment, number)
+    if "scored" in made_from and made_from["scored"].step == "labelled":
+        counts = {WITHOUT_GOLD.get(stage, stage): count for stage, count in counts.items()}
     references = {**made_from, "dev": contender.dev, "test": contender.test}
+    benchmarks = (
+        benchmark_figures(read_rows(made_from["benchmarks"], BenchmarkMetric)) if "benchmarks" in made_from else {}
+    )
     record = IterationRecord(
         run=experiment.state().run,
         iteration=number,
@@ -75,7 +86,7 @@ def _record(
         policy=contender.policy.model_dump(mode="json"),
         promoted=decision is None or decision.promoted,
         decision=None if decision is None else decision._asdict(),
-        metrics=_figures(metrics_of(contender.test, "test", 0)),
+        metrics=_figures(metrics_of(contender.test, "test", 0)) | benchmarks,
         dev_metrics=_figures(metrics_of(contender.dev, "dev", 0)),
         funnel={stage: counts[stage] for stage in FUNNEL if stage in counts},
         drops={reason: n for reason, n in counts.items() if reason not in (*FUNNEL, *NO_STAGE)},
@@ -85,12 +96,30 @@ def _record(
     publish_iteration(experiment.name, record)
 
 
+def benchmark_figures(rows: Iterable[BenchmarkMetric]) -> dict[str, dict[str, float | int]]:
+    """The figures of whole benchmarks by name, for instance "ifeval prompt_level_strict_acc"."""
+    figures: dict[str, dict[str, float | int]] = {}
+    for row in rows:
+        if row.task == row.benchmark:
+            name = f"{row.benchmark} {row.metric}" + ("" if row.filter == "none" else f", {row.filter}")
+            figures[name] = {"value": row.value, "low": row.low, "high": row.high, "n": row.n, "k": 1}
+    if four := [figure for name, figure in figures.items() if name.startswith("ifeval ")]:
+        # the four rise and fall together: the mean of their bounds is no narrower than the interval of their mean
+        average = {part: sum(figure[part] for figure in four) / len(four) for part in ("value", "low", "high")}
+        figures["ifeval average"] = {**average, "n": four[0]["n"], "k": 1}
+    return figures
+
+
 def _counts(experiment: Experiment, number: int) -> dict[str, int]:
     steps = experiment.steps(run=experiment.state().run)
     counts: dict[str, int] = {}
     for record in steps:
-        if record.iteration == number and record.step in FUNNEL_STEPS and record.state == "completed":
+        if record.iteration != number or record.split is not None or record.state != "completed":
+            continue
+        if record.step in FUNNEL_STEPS:
             counts |= record.counts
+        elif record.step == "gather_judged":  # those not judged are dropped, and counted, where rewards are given
+            counts["judged"] = record.counts.get("judged", 0)
     return counts
 
 

@@ -2,6 +2,7 @@
 
 import importlib
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -35,6 +36,14 @@ def test_importing_any_flow_or_the_command_loads_no_heavy_library() -> None:
     assert done.stdout.strip() == "[]"
 
 
+def test_lm_eval_is_known_to_its_own_modules_only() -> None:
+    files = [
+        file for package in ("flows", "tasks", "models", "storage") for file in (REPOSITORY / package).glob("*.py")
+    ]
+    knowing = {file.stem for file in files if re.search(r"^\s*(from|import) lm_eval\b", file.read_text(), re.MULTILINE)}
+    assert knowing == {"harness", "harness_model"}
+
+
 def test_each_step_stands_under_its_own_name() -> None:
     assert {name: known.fn.__name__ for name, known in STEPS.items()} == {name: name for name in STEPS}
     assert {"load_prompts", "gather_rollouts", "score_answers", "train_sft", "decide_promotion"} <= set(STEPS)
@@ -62,7 +71,9 @@ def test_a_preset_is_a_config_of_the_recipe_whose_folder_it_is_in(path: Path) ->
 
 @pytest.mark.flow
 @pytest.mark.parametrize("path", ALL_PRESETS, ids=lambda path: f"{path.parent.name}/{path.stem}")
-def test_a_preset_has_no_fault_where_its_data_is(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_preset_has_no_fault_where_its_data_is(
+    path: Path, monkeypatch: pytest.MonkeyPatch, made_up_hub: Path
+) -> None:
     if path in NEED_GSM8K:
         folder = os.environ.get("RATCHET_DATA") or str(REPOSITORY.parent / "shared" / "data")
         if not Path(folder, "gsm8k").is_dir():
@@ -72,6 +83,9 @@ def test_a_preset_has_no_fault_where_its_data_is(path: Path, monkeypatch: pytest
         pytest.skip("UltraChat is not here; name the folder that holds it in RATCHET_DATA")
     if path in NEED_OPENHERMES and not Path(os.environ.get("RATCHET_DATA", ""), "teknium", "OpenHermes-2.5").is_dir():
         pytest.skip("OpenHermes and pairs are not here; name the folder that holds them in RATCHET_DATA")
+    if "task: ifeval" in path.read_text():
+        for library in ("immutabledict", "langdetect"):
+            pytest.importorskip(library, reason=f"lm-eval's IFEval needs {library}")
     monkeypatch.chdir(REPOSITORY)
     module, config_class, _ = RECIPES[Preset(path).recipe]
     assert faults(Preset(path).config(getattr(importlib.import_module(module), config_class))) == []

@@ -75,7 +75,7 @@ def test_what_cannot_be_evaluated_is_told(finished: Path, documents: Path) -> No
     assert wrong.exit_code == 2 and "found 'gms8k'" in wrong.stderr
     (documents / "gsm8k" / "train.jsonl").unlink()
     failed = ratchet("evaluate", SMOKE, "--policy", NAME, "--task", "gsm8k")
-    assert failed.exit_code == 1 and "needs the split 'train'" in " ".join(failed.stderr.split())
+    assert failed.exit_code == 2 and "without its split train (there are: test)" in " ".join(failed.stderr.split())
 
 
 def test_policies_are_named_by_experiment_iteration_and_digest(finished: Path) -> None:

@@ -320,3 +320,8 @@ def test_endpoint_that_cannot_score_is_named_as_such() -> None:
 def test_chat_template_of_ones_own_is_refused() -> None:
     with pytest.raises(EngineConfigurationError, match="start the server with them"):
         open_engine(OpenAI(endpoints=("http://x/v1",)), ModelRef(name="m", chat_template="{{ messages }}"))
+
+
+def test_exact_scoring_leaves_the_key_of_what_was_sampled_before_it_could_be_chosen() -> None:
+    assert OpenAI(endpoints=("http://x/v1",), top_logprobs=5).key() == {"kind": "openai", "logprobs": True}
+    assert OpenAI(endpoints=("http://x/v1",), scoring="top_logprobs").key()["top_logprobs"] == 20
