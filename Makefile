@@ -40,7 +40,7 @@ bench: $(READY)
 	for script in benchmarks/bench_*.py; do $(BIN)/python "$$script" || exit 1; done
 
 ui: $(READY)
-	$(BIN)/ratchet ui
+	$(BIN)/ratchet ui --worker
 
 install: $(READY)
 

@@ -4,13 +4,11 @@ Exit codes: 0 done, 1 the run failed, 2 the configuration is wrong (and nothing 
 """
 
 import contextlib
-import importlib
 import logging
 import os
 import shlex
 import signal
-import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 from types import FrameType
@@ -20,40 +18,18 @@ import typer
 
 from flows import inspecting
 from flows.console import HomeOption, JsonOption, err, fail, out, print_json, use_home
-from flows.presets import Preset, PresetError
-from flows.server import ServerError, configure_prefect, private_server
+from flows.presets import PresetError
+from flows.recipes import Recipe
+from flows.server import ServerError, announced, importing_prefect, private_server, private_worker, served_address
 from flows.terminal import Lines, iteration_tables, plan_table, published_table
 from storage.experiments import Experiment
-
-# recipe -> module; each module has a config class and a flow, named here so that nothing heavy is imported to list them
-RECIPES = {
-    "rest_em": ("flows.rest_em", "RestEM", "rest_em"),
-    "generator_evaluator": ("flows.generator_evaluator", "GeneratorEvaluator", "generator_evaluator"),
-    "spin": ("flows.spin", "Spin", "spin"),
-}
-COMING = ("autoif", "instruct_tuning")
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__)
 
 PresetArgument = Annotated[Path, typer.Argument(help="a preset, for instance deployments/presets/rest_em/tiny.yaml")]
+POOL = "ratchet"
+PoolOption = Annotated[str, typer.Option(help="the work pool")]
 SetOption = Annotated[list[str] | None, typer.Option("--set", help="a.b=c, over the preset; may be given again")]
-
-
-class Recipe:
-    """A preset read into its recipe's config, with the flow that runs it."""
-
-    def __init__(self, path: Path, overrides: list[str] | None) -> None:
-        preset = Preset(path, overrides or ())
-        if preset.recipe not in RECIPES:
-            coming = " (it comes with a later version)" if preset.recipe in COMING else ""
-            raise PresetError(f"{path}: recipe is {preset.recipe!r}{coming}; this version has: {', '.join(RECIPES)}")
-        module_name, config_name, flow_name = RECIPES[preset.recipe]
-        configure_prefect()
-        with warnings.catch_warnings():  # Prefect would make its folder while it is imported; ours is made when needed
-            warnings.filterwarnings("ignore", message="Failed to create the Prefect home")
-            module = importlib.import_module(module_name)
-        self.config = preset.config(getattr(module, config_name))
-        self.flow = getattr(module, flow_name)
 
 
 @app.command()
@@ -64,21 +40,24 @@ def run(
     no_prefect_server: Annotated[
         bool, typer.Option(help="run without Prefect: nothing to watch, same results")
     ] = False,
+    advance: Annotated[
+        bool, typer.Option("--advance", help="end after the first iteration that has something to do")
+    ] = False,
 ) -> None:
     """Run an experiment, or continue it: what is done already is reused."""
     use_home(home_)
     recipe = _checked(preset, set_)
     from tasks.recording import listening
-    from tasks.serving import close_engines, stopping
+    from tasks.serving import close_engines, stop, stopping
 
     stopping.clear()
     again = _command(preset, set_, home_)
     plain = f"{again} --no-prefect-server"
     go_on = plain if no_prefect_server else again
     experiment = Experiment(recipe.config.experiment)
-    with _stopping_at_signals(), Lines(err) as lines, listening(lines):
+    with _interrupted_by_signals(stop), Lines(err) as lines, listening(lines):
         try:
-            _run_flow(recipe, plainly=no_prefect_server)
+            _run_flow(recipe, plainly=no_prefect_server, advance=advance)
         except KeyboardInterrupt:
             told = f"\nStopped. Nothing that was finished is lost; go on with:\n  {go_on}"
             err.print(told, style="bold", markup=False)
@@ -150,12 +129,60 @@ def doctor(home_: HomeOption = None, json_: JsonOption = False) -> None:
 
 
 @app.command()
-def ui(home_: HomeOption = None) -> None:
-    """Serve the Prefect UI over the home's own database until Ctrl-C, to look at runs that have ended."""
+def deploy(
+    presets: Annotated[list[Path] | None, typer.Argument(help="presets; none: all that come along")] = None,
+    pool: PoolOption = POOL,
+    at_once: Annotated[int, typer.Option(help="runs of a new pool at a time: one an accelerator", min=1)] = 1,
+    cron: Annotated[
+        str | None, typer.Option(help='when each does one more iteration, UTC; else "0 2 * * *", turned off')
+    ] = None,
+    yaml_: Annotated[bool, typer.Option("--yaml", help="print a prefect.yaml instead; nothing is deployed")] = False,
+    home_: HomeOption = None,
+) -> None:
+    """Give the server that PREFECT_API_URL names a work pool, a deployment a preset and a watch for dead runs."""
     use_home(home_)
-    configure_prefect()
-    with contextlib.suppress(KeyboardInterrupt), private_server() as address:
-        out.print(f"Prefect UI: {address}  (Ctrl-C ends it)")
+    with importing_prefect():
+        from flows.deploying import deploy, known_presets, prefect_yaml
+
+    chosen = presets or known_presets()
+    try:
+        if yaml_:
+            out.print(prefect_yaml(chosen, pool=pool), markup=False, highlight=False, soft_wrap=True, end="")
+            return
+        if "PREFECT_API_URL" not in os.environ:
+            fail("PREFECT_API_URL is not set; name the server to deploy to, or try it with `ratchet ui --worker`", 2)
+        for one in deploy(chosen, pool=pool, at_once=at_once, cron=cron):
+            out.print(f"{'brought up to date' if one.existed else 'created':<19}{one.what:<11}{one.name}", markup=False)
+    except PresetError as error:
+        fail(str(error), 2)
+    out.print(f"Start a worker where the accelerator is: prefect worker start --pool {pool} --limit 1", soft_wrap=True)
+
+
+@app.command()
+def ui(
+    worker: Annotated[bool, typer.Option("--worker", help="deploy all presets, and run what is scheduled")] = False,
+    port: Annotated[int | None, typer.Option(help="of the server; by default a free one")] = None,
+    pool: PoolOption = POOL,
+    home_: HomeOption = None,
+) -> None:
+    """Serve the Prefect UI over the home's own database until Ctrl-C; runs started meanwhile show up in it."""
+    use_home(home_)
+    with importing_prefect(), contextlib.ExitStack() as stack:
+        stack.enter_context(contextlib.suppress(KeyboardInterrupt))
+        stack.enter_context(_interrupted_by_signals())
+        try:
+            address = stack.enter_context(private_server(port))
+        except ServerError as error:
+            fail(str(error), 1)
+        stack.enter_context(announced(address))
+        if worker:
+            from flows.deploying import deploy, known_presets
+
+            for _ in deploy(known_presets(), pool=pool, at_once=1, cron=None):
+                pass
+            stack.enter_context(private_worker(pool))
+        at_work = f"; a worker runs what is scheduled in the pool {pool!r}" if worker else ""
+        out.print(f"Prefect UI: {address}{at_work}  (Ctrl-C ends it)", soft_wrap=True)
         signal.pause()
 
 
@@ -172,27 +199,35 @@ def main() -> None:
     app()
 
 
-def _run_flow(recipe: Recipe, *, plainly: bool) -> None:
-    given = os.environ.get("PREFECT_API_URL")
+def _run_flow(recipe: Recipe, *, plainly: bool, advance: bool) -> None:
     if plainly:
         err.print("Running without a Prefect server: there is no UI to watch, the results are the same.")
-        recipe.flow.fn(recipe.config)
+        recipe.flow.fn(recipe.config, advance=advance)
         return
     from tasks.observing import settle, settle_dead_runs
 
-    if given:
+    if given := _given_server():
         err.print(f"Prefect: {given}")
         settle_dead_runs(recipe.config.experiment, by_name=False)
-        recipe.flow(recipe.config)
+        recipe.flow(recipe.config, advance=advance)
         return
     with private_server() as address:
         err.print(f"Prefect UI: {address}")
         settle_dead_runs(recipe.config.experiment, by_name=True)
         started = datetime.now(UTC)
         try:
-            recipe.flow(recipe.config)
+            recipe.flow(recipe.config, advance=advance)
         finally:
             settle(started)
+
+
+def _given_server() -> str | None:
+    """The API of a server that is up already: the user's, or the one of `ratchet ui` over this home."""
+    from flows.server import point_prefect_at
+
+    if "PREFECT_API_URL" not in os.environ and (address := served_address()):
+        point_prefect_at(f"{address}/api")
+    return os.environ.get("PREFECT_API_URL")
 
 
 def _checked(path: Path, overrides: list[str] | None) -> Recipe:
@@ -215,12 +250,11 @@ def _command(preset: Path, overrides: list[str] | None, folder: str | None) -> s
 
 
 @contextlib.contextmanager
-def _stopping_at_signals() -> Iterator[None]:
-    """Ctrl-C ends a run within seconds, whatever its shards and trainings are at, and SIGTERM does as Ctrl-C."""
-    from tasks.serving import stop
+def _interrupted_by_signals(first: Callable[[], None] = lambda: None) -> Iterator[None]:
+    """SIGTERM does as Ctrl-C, and both call something first."""
 
     def interrupt(_number: int, _frame: FrameType | None) -> None:
-        stop()
+        first()
         raise KeyboardInterrupt
 
     before = {number: signal.signal(number, interrupt) for number in (signal.SIGINT, signal.SIGTERM)}

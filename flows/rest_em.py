@@ -116,9 +116,14 @@ class RestEM(Settings):
 
 
 @flow(name="rest-em", flow_run_name="{config.experiment}", task_runner=shard_threads())
-def rest_em(config: RestEM) -> ModelRef:
-    """Alternate sampling and retraining; every M-step starts from the base model. Returns the policy that stands."""
-    with experiment_run(config.experiment, config.model_dump(mode="json")) as experiment:
+def rest_em(config: RestEM, *, advance: bool = False) -> ModelRef:
+    """Alternate sampling and retraining; every M-step starts from the base model. Returns the policy that stands.
+
+    Args:
+        config: The experiment: its models, data, sampling, training and gate.
+        advance: End after the first iteration that has something to do, as a schedule wants it.
+    """
+    with experiment_run(config.experiment, config.model_dump(mode="json"), advance=advance) as experiment:
         few_shot, examples = first_template(config.template, config.few_shot, config.train, config.marker)
         train = load_prompts(config.train, without=examples)
         held_out = HeldOut(load_prompts(config.dev, without=()), load_prompts(config.test, without=()))

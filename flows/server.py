@@ -11,6 +11,7 @@ import socket
 import time
 import urllib.error
 import urllib.request
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -20,6 +21,8 @@ from storage.home import home
 log = logging.getLogger("ratchet")
 
 START_SECONDS = 180.0
+ADDRESS = "address"  # file in the private server's folder
+HEARTBEAT_SECONDS = 30  # of a flow run; the least that Prefect takes, so that a dead one is soon noticed
 
 
 class ServerError(RuntimeError):
@@ -40,6 +43,7 @@ def configure_prefect() -> None:
         "PREFECT_SERVER_CONCURRENCY_LEASE_STORAGE": "prefect.server.concurrency.lease_storage.filesystem",
         "PREFECT_SERVER_EPHEMERAL_ENABLED": "false",
         "PREFECT_CLI_PROMPT": "false",
+        "PREFECT_FLOWS_HEARTBEAT_FREQUENCY": str(HEARTBEAT_SECONDS),
         "PREFECT_LOGGING_EXTRA_LOGGERS": "ratchet",
         "PREFECT_LOGGING_TO_API_WHEN_MISSING_FLOW": "ignore",
         "PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL": "CRITICAL",  # the command prints its own lines
@@ -48,24 +52,56 @@ def configure_prefect() -> None:
         os.environ.setdefault(name, value)
 
 
+@contextlib.contextmanager
+def importing_prefect() -> Iterator[None]:
+    """Import Prefect inside: set up as we want it, and without a word on its folder, which is made when needed."""
+    configure_prefect()
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Failed to create the Prefect home")
+        yield
+
+
 def prefect_folder() -> Path:
     """Where the private server keeps its database and Prefect its files."""
     return home() / "prefect"
 
 
-@contextlib.contextmanager
-def private_server() -> Iterator[str]:
-    """Start a server on a free loopback port, point this process at it and yield its address, UI included.
+def served_address() -> str | None:
+    """The address of the server that `ratchet ui` keeps up over this home, if one answers."""
+    try:
+        address = (prefect_folder() / ADDRESS).read_text()
+        urllib.request.urlopen(f"{address}/api/health", timeout=5).close()
+    except (FileNotFoundError, urllib.error.URLError, ConnectionError, TimeoutError):
+        return None
+    return address
 
+
+@contextlib.contextmanager
+def announced(address: str) -> Iterator[None]:
+    """Have runs started meanwhile use the server at this address, instead of one each on the same database."""
+    file = prefect_folder() / ADDRESS
+    file.write_text(address)
+    try:
+        yield
+    finally:
+        file.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def private_server(port: int | None = None) -> Iterator[str]:
+    """Start a server on loopback, point this process at it and yield its address, UI included.
+
+    Args:
+        port: None: a free one.
     Raises:
-        ServerError: it did not answer in time; the message holds its last lines.
+        ServerError: the port is taken, or it did not answer in time; then the message holds its last lines.
     """
     folder = prefect_folder()
     folder.mkdir(parents=True, exist_ok=True)
-    port = _free_port()
+    port = _free_port(port)
     address = f"http://127.0.0.1:{port}"
     child = Child(
-        ["-m", "flows.server", str(port)],
+        ["-m", "flows.server", "serve", str(port)],
         environment=environment(
             offline=True,
             PREFECT_SERVER_API_HOST="127.0.0.1",
@@ -78,11 +114,26 @@ def private_server() -> Iterator[str]:
     )
     try:
         _wait_until_it_answers(child, f"{address}/api/health")
-        _point_prefect_at(f"{address}/api")
+        point_prefect_at(f"{address}/api")
         yield address
     finally:
-        _point_prefect_at(None)
+        point_prefect_at(None)
         child.end(patience_seconds=2.0)
+
+
+@contextlib.contextmanager
+def private_worker(pool: str) -> Iterator[None]:
+    """Take scheduled runs off the pool of the server that this process is pointed at, one at a time."""
+    child = Child(
+        ["-m", "flows.server", "work", pool],
+        environment=environment(offline=False, PREFECT_WORKER_QUERY_SECONDS="5"),
+        on_line=lambda line: log.info("worker: %s", line),
+        works=False,
+    )
+    try:
+        yield
+    finally:
+        child.end(patience_seconds=10.0)
 
 
 def _wait_until_it_answers(child: Child, url: str) -> None:
@@ -97,7 +148,7 @@ def _wait_until_it_answers(child: Child, url: str) -> None:
     raise ServerError(f"the private Prefect server did not answer at {url} within {START_SECONDS:.0f} s")
 
 
-def _point_prefect_at(url: str | None) -> None:
+def point_prefect_at(url: str | None) -> None:
     from prefect.context import refresh_global_settings_context
 
     if url is None:
@@ -107,9 +158,13 @@ def _point_prefect_at(url: str | None) -> None:
     refresh_global_settings_context()  # it may have been imported, and have read its settings, before
 
 
-def _free_port() -> int:
+def _free_port(wanted: int | None) -> int:
     with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # one that was served a moment ago is free
+        try:
+            probe.bind(("127.0.0.1", wanted or 0))
+        except OSError as error:  # else whoever answers there would be taken for our server
+            raise ServerError(f"port {wanted} is not free ({error.strerror}); give another, or none") from error
         port: int = probe.getsockname()[1]
         return port
 
@@ -124,8 +179,20 @@ def _serve(port: int) -> None:
     uvicorn.run(create_app(final=True), host="127.0.0.1", port=port, log_level="warning")
 
 
+def _work(pool: str) -> None:
+    import asyncio
+
+    from prefect.workers.process import ProcessWorker
+
+    from models.children import watch_lifeline
+
+    watch_lifeline(with_group=True)
+    asyncio.run(ProcessWorker(work_pool_name=pool, limit=1).start())
+
+
 if __name__ == "__main__":
     import sys
 
     configure_prefect()
-    _serve(int(sys.argv[1]))
+    role, argument = sys.argv[1:]
+    _serve(int(argument)) if role == "serve" else _work(argument)

@@ -141,9 +141,14 @@ class Spin(Settings):
 
 
 @flow(name="spin", flow_run_name="{config.experiment}", task_runner=shard_threads())
-def spin(config: Spin) -> ModelRef:
-    """Play against the demonstrations; each policy's reference and opponent is the one before. Returns the last one."""
-    with experiment_run(config.experiment, config.model_dump(mode="json")) as experiment:
+def spin(config: Spin, *, advance: bool = False) -> ModelRef:
+    """Play against the demonstrations; each policy's reference and opponent is the one before. Returns the last one.
+
+    Args:
+        config: The experiment: its models, demonstrations, repairs, training and gate.
+        advance: End after the first iteration that has something to do, as a schedule wants it.
+    """
+    with experiment_run(config.experiment, config.model_dump(mode="json"), advance=advance) as experiment:
         demonstrations = load_demonstrations(config.demonstrations, config.marker)  # (x, y)
         prompts = load_prompts(config.demonstrations, without=())
         held_out = load_held_out(config)

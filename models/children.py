@@ -13,6 +13,7 @@ import sys
 import threading
 from collections import deque
 from collections.abc import Callable, Sequence
+from contextvars import copy_context
 from pathlib import Path
 from typing import IO
 
@@ -74,7 +75,8 @@ class Child:
             _working.append(self)
         lines = self.process.stderr if talks else self.process.stdout
         assert lines is not None
-        self._reader = threading.Thread(target=self._read_lines, args=(lines,), daemon=True)
+        # In the context of whoever started the child, so that what it says gets into that flow run's log.
+        self._reader = threading.Thread(target=copy_context().run, args=(self._read_lines, lines), daemon=True)
         self._reader.start()
 
     def wait(self) -> int:
@@ -122,12 +124,18 @@ def kill_working_children() -> None:
                 os.killpg(child.process.pid, signal.SIGKILL)
 
 
-def watch_lifeline() -> None:
-    """In a child that does not read its standard input otherwise: exit when that ends, because the parent is gone."""
+def watch_lifeline(*, with_group: bool = False) -> None:
+    """In a child that does not read its standard input otherwise: exit when that ends, because the parent is gone.
+
+    Args:
+        with_group: what the child has started in its process group is ended with it.
+    """
 
     def watch() -> None:
         while os.read(0, 4096):
             pass
+        if with_group:
+            os.killpg(0, signal.SIGKILL)
         os._exit(3)
 
     threading.Thread(target=watch, daemon=True).start()

@@ -179,7 +179,7 @@ class _Link:
         self._child = Child(
             ["-m", "models.vllm_server", settings.model_dump_json()],
             environment=environment(offline=offline, **_variables(settings)),
-            on_line=logger.debug,
+            on_line=lambda line: logger.info("%s", line),
             talks=True,
         )
         threading.Thread(target=self._read, daemon=True, name="ratchet-vllm-replies").start()

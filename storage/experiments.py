@@ -21,7 +21,7 @@ from storage.names import checked_name
 
 KEPT_FLOW_RUNS = 50
 
-State = Literal["running", "finished", "failed", "interrupted"]
+State = Literal["running", "advanced", "finished", "failed", "interrupted"]  # advanced: by one iteration, as asked
 
 
 class StepRecord(BaseModel):

@@ -11,7 +11,7 @@ from models.engine import Completion, Request
 from models.specs import EngineSettings, ModelRef, PromptTemplate, Sampling
 from storage.ledger import Ledger, LedgerWriter
 from storage.rows import Prompt, Rollout
-from tasks.recording import Progress, announce, current_iteration
+from tasks.recording import Progress, announce, current_iteration, current_split
 from tasks.serving import raise_if_stopping, serve
 
 
@@ -56,6 +56,7 @@ class Meter:
                 total=self.total,
                 tokens=self.tokens,
                 reused=self.reused,
+                split=current_split(),
             )
         announce(progress)
 

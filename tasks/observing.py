@@ -4,13 +4,22 @@ import contextlib
 import json
 import logging
 import os
+import threading
 import time
 import urllib.request
+from collections.abc import Iterator
+from dataclasses import dataclass
 from datetime import datetime
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from uuid import UUID
 
-from prefect.artifacts import create_markdown_artifact, create_table_artifact
+import httpx
+from prefect.artifacts import (
+    create_markdown_artifact,
+    create_progress_artifact,
+    create_table_artifact,
+    update_progress_artifact,
+)
 from prefect.client.orchestration import SyncPrefectClient, get_client
 from prefect.client.schemas.filters import (
     FlowRunFilter,
@@ -21,23 +30,102 @@ from prefect.client.schemas.filters import (
 )
 from prefect.client.schemas.objects import State, StateType
 from prefect.context import FlowRunContext
+from prefect.exceptions import PrefectException
 from prefect.states import Crashed
 
-from storage.experiments import Experiment, IterationRecord
+from storage.experiments import Experiment, IterationRecord, StepRecord
 from storage.locks import LockedError, exclusive
 from tasks.serving import stopping
+
+if TYPE_CHECKING:  # it imports this module
+    from tasks.recording import Progress
 
 log = logging.getLogger("ratchet")
 
 SETTLE_SECONDS = 15.0
+PROGRESS_SECONDS = 5.0  # between two updates of a progress artifact
 BEGUN = [StateType.PENDING, StateType.RUNNING]
-UNFINISHED = ("PENDING", "RUNNING", "SCHEDULED")
+ENDED = ["COMPLETED", "FAILED", "CRASHED", "CANCELLED"]
+
+
+class ProgressArtifacts:
+    """Listens to a run and shows in Prefect how far a step is: a bar, with rows, speed and time left."""
+
+    def __init__(self, experiment: str) -> None:
+        self._experiment = experiment
+        self._bars: dict[str, _Bar] = {}
+        self._lock = threading.Lock()
+
+    def __call__(self, event: "StepRecord | Progress") -> None:
+        """Show one event; called from any thread that Prefect runs a task in."""
+        if isinstance(event, StepRecord):
+            return
+        name = " ".join(f"{self._experiment} it{event.iteration} {event.split or ''} {event.step}".split())
+        with self._lock:
+            bar = self._bars.setdefault(name, _Bar(name, time.monotonic(), event.done))
+            if time.monotonic() - bar.shown < PROGRESS_SECONDS and event.done < event.total:
+                return
+            bar.shown = time.monotonic()
+            with _only_shown():
+                bar.show(event)
+
+
+@dataclass(slots=True)
+class _Bar:
+    name: str
+    since: float
+    done_before: int  # rows that were there when the step began
+    shown: float = 0.0
+    artifact: UUID | None = None
+
+    def show(self, event: "Progress") -> None:
+        seconds = max(time.monotonic() - self.since, 0.1)
+        speed = (event.done - self.done_before) / seconds
+        left = f", about {(event.total - event.done) / speed:,.0f} s left" if speed and event.done < event.total else ""
+        told = (
+            f"{self.name}: {event.done:,} of {event.total:,} rows ({event.reused:,} were there), "
+            f"{speed:,.1f} rows/s, {event.tokens / seconds:,.0f} tokens/s{left}"
+        )
+        percent = 100.0 * event.done / max(event.total, 1)
+        if self.artifact is None:
+            made = create_progress_artifact(percent, key=_artifact_key(self.name), description=told)
+            self.artifact = made  # type: ignore[assignment] # its async twin is what the annotation means
+        else:
+            update_progress_artifact(self.artifact, progress=percent, description=told)
+
+
+def name_flow_run(name: str) -> None:
+    """Give the flow run around this code another name. Without one, nothing."""
+    flow = FlowRunContext.get()
+    if flow is not None and flow.flow_run is not None:
+        with _only_shown(), get_client(sync_client=True) as client:
+            client.update_flow_run(flow.flow_run.id, name=name)
 
 
 def publish_iteration(experiment: str, record: IterationRecord) -> None:
     """Artifacts of one iteration: its metrics and its funnel as tables. Without a flow run around it, nothing."""
-    if FlowRunContext.get() is None:
-        return
+    if FlowRunContext.get() is not None:
+        with _only_shown():
+            _create_tables(experiment, record)
+
+
+def publish_markdown(experiment: str, markdown: str) -> None:
+    """The experiment's summary as a markdown artifact. Without a flow run around it, nothing."""
+    if FlowRunContext.get() is not None:
+        with _only_shown():
+            create_markdown_artifact(markdown, key=_artifact_key(f"{experiment}-report"))
+
+
+@contextlib.contextmanager
+def _only_shown() -> Iterator[None]:
+    """What Prefect shows is no reason to lose a run: a server that fails or is away is noted, no more."""
+    try:
+        yield
+    except (httpx.HTTPError, PrefectException) as error:
+        log.warning("Prefect could not be told: %s", str(error).splitlines()[0])
+
+
+def _create_tables(experiment: str, record: IterationRecord) -> None:
     key = _artifact_key(f"{experiment}-{record.label}")
     metrics = [
         {
@@ -53,12 +141,14 @@ def publish_iteration(experiment: str, record: IterationRecord) -> None:
     if record.funnel:
         rows = [{"stage": stage, "rows": rows} for stage, rows in record.funnel.items()]
         create_table_artifact(rows, key=f"{key}-funnel", description=f"{experiment}, {record.label}: rows left")
-
-
-def publish_markdown(experiment: str, markdown: str) -> None:
-    """The experiment's summary as a markdown artifact. Without a flow run around it, nothing."""
-    if FlowRunContext.get() is not None:
-        create_markdown_artifact(markdown, key=_artifact_key(f"{experiment}-report"))
+    made = [{"role": "policy", "reference": f"models/{record.policy['digest']}", "rows": ""}]
+    made += [
+        {"role": role, "reference": f"datasets/{ref['step']}/{ref['digest']}", "rows": ref["rows"]}
+        for role, ref in record.references.items()
+    ]
+    create_table_artifact(
+        made, key=f"{key}-made", description=f"{experiment}, {record.label}: `ratchet show REFERENCE`"
+    )
 
 
 def settle_dead_runs(experiment: str, *, by_name: bool) -> None:
@@ -109,13 +199,16 @@ def settle(since: datetime) -> None:
 
 
 def _unfinished_task_runs(since: datetime) -> int:
-    body = {
-        "flow_runs": {"start_time": {"after_": since.isoformat()}},  # a kill leaves task runs of others unfinished
-        "task_runs": {"state": {"type": {"any_": list(UNFINISHED)}}},
-    }
+    """Those that the server has no end of; it may have heard of one and of no state of it yet."""
+    ours = {"flow_runs": {"start_time": {"after_": since.isoformat()}}}  # a kill leaves task runs of others unfinished
+    ended = {**ours, "task_runs": {"state": {"type": {"any_": ENDED}}}}
+    return _count_task_runs(ours) - _count_task_runs(ended)
+
+
+def _count_task_runs(query: dict[str, Any]) -> int:
     url = f"{os.environ['PREFECT_API_URL']}/task_runs/count"
     request = urllib.request.Request(
-        url, data=json.dumps(body).encode(), headers={"content-type": "application/json"}, method="POST"
+        url, data=json.dumps(query).encode(), headers={"content-type": "application/json"}, method="POST"
     )
     with urllib.request.urlopen(request, timeout=10) as answer:
         count: Any = json.load(answer)

@@ -3,6 +3,7 @@
 Held in context variables, so that flows stay plain calls and shards in other threads still know where they are.
 """
 
+import contextlib
 import copy
 import logging
 import uuid
@@ -16,6 +17,7 @@ from prefect.context import FlowRunContext
 
 from storage.experiments import Experiment, StepRecord, now
 from storage.locks import exclusive
+from tasks.observing import ProgressArtifacts, name_flow_run
 from tasks.planning import current_plan
 from tasks.serving import stop
 
@@ -36,6 +38,7 @@ class Progress:
     total: int
     tokens: int
     reused: int  # of `done`, rows that were there already
+    split: str | None = None
 
 
 Listener = Callable[[StepRecord | Progress], None]
@@ -45,9 +48,15 @@ _listeners: list[Listener] = []
 class Run:
     """One run of an experiment in this process."""
 
-    def __init__(self, experiment: Experiment) -> None:
+    def __init__(self, experiment: Experiment, *, advance: bool) -> None:
         self.id = uuid.uuid4().hex[:12]
         self.experiment = experiment
+        self.advance = advance  # end after the first iteration that has something to do
+        self.fresh: set[int | None] = set()  # iterations in which a step was done and not reused
+
+
+class Advanced(Exception):  # no error: it leaves a flow that has done the iteration it was to do
+    """The run has done one more iteration, which is all it was asked for."""
 
 
 def current_run() -> Run | None:
@@ -61,9 +70,12 @@ def current_iteration() -> int | None:
 
 
 @contextmanager
-def experiment_run(name: str, config: Mapping[str, Any]) -> Iterator[Experiment]:
+def experiment_run(name: str, config: Mapping[str, Any], *, advance: bool = False) -> Iterator[Experiment]:
     """Record everything inside as one run of the experiment; two runs of one experiment never write at once.
 
+    Args:
+        advance: leave the block after the first iteration in which a step is done and not reused. One that an earlier
+            run failed in is gone on with; when all are done, nothing is.
     Raises:
         LockedError: another process is running this experiment; the message names it.
     """
@@ -72,13 +84,16 @@ def experiment_run(name: str, config: Mapping[str, Any]) -> Iterator[Experiment]
         yield experiment
         return
     with exclusive(f"experiment-{name}", wait_seconds=0):
-        run = Run(experiment)
+        run = Run(experiment, advance=advance)
         flow = FlowRunContext.get()
         flow_run_id = str(flow.flow_run.id) if flow is not None and flow.flow_run is not None else None
         experiment.begin(run.id, config, flow_run_id=flow_run_id)
         token = _RUN.set(run)
         try:
-            yield experiment
+            with contextlib.nullcontext() if flow is None else listening(ProgressArtifacts(name)):
+                yield experiment
+        except Advanced:
+            experiment.end("advanced")
         except Exception as error:
             experiment.end("failed", f"{type(error).__name__}: {error}")
             raise
@@ -102,13 +117,21 @@ def each_iteration(numbers: Iterable[int]) -> Iterator[int]:
 
 @contextmanager
 def iteration(number: int) -> Iterator[int]:
-    """Steps called inside belong to this iteration."""
-    before = _ITERATION.get()
+    """Steps called inside belong to this iteration.
+
+    Raises:
+        Advanced: the run was to do one more iteration, and this was it.
+    """
+    before, run = _ITERATION.get(), current_run()
     _ITERATION.set(number)
+    if run is not None and run.advance:
+        name_flow_run(f"{run.experiment.name} it{number}")
     try:
         yield number
     finally:
         _ITERATION.set(before)
+    if run is not None and run.advance and number in run.fresh and number > 0:  # the base comes with iteration 1
+        raise Advanced(f"iteration {number} is done")
 
 
 def current_split() -> str | None:
@@ -176,6 +199,8 @@ def record_step(
         detail=detail,
         at=now(),
     )
+    if run is not None and not cached and not failed:
+        run.fresh.add(record.iteration)
     log.info("%s", line_of(record))
     announce(record)
     return record

@@ -3,7 +3,6 @@
 import json
 import logging
 from collections.abc import Iterator, Sequence
-from contextvars import copy_context
 from pathlib import Path
 from typing import Any
 
@@ -92,8 +91,7 @@ def _folders() -> dict[str, Any]:
 
 def _trained(job: SFTJob | PreferenceJob | TinyJob, parents: Sequence[DatasetRef], start: ModelRef) -> ModelRef:
     give_back_accelerator()
-    context = copy_context()  # the child's lines come from a thread of their own, and belong to this task's log
-    outcome = run_job(job, on_line=lambda line: context.copy().run(log.info, "%s", line))
+    outcome = run_job(job, on_line=lambda line: log.info("%s", line))
     log_counts({"trained_on": outcome.rows, **outcome.dropped, "optimizer_steps": outcome.optimizer_steps})
     digest = commit_checkpoint(
         job.output,

@@ -42,23 +42,23 @@ def engines_end_with_the_test() -> Iterator[None]:
 @pytest.fixture(scope="session")
 def prefect_server() -> Iterator[str]:
     """The address of a private Prefect server that all flow tests share; this process is not pointed at it yet."""
-    from flows.server import _point_prefect_at, private_server
+    from flows.server import point_prefect_at, private_server
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("RATCHET_HOME", str(SESSION_HOME))
         with private_server() as address:
-            _point_prefect_at(None)
+            point_prefect_at(None)
             yield address
 
 
 @pytest.fixture
 def prefect(prefect_server: str) -> Iterator[str]:
     """Flows called in this test are recorded by the private server; yields the address of its API."""
-    from flows.server import _point_prefect_at
+    from flows.server import point_prefect_at
 
-    _point_prefect_at(f"{prefect_server}/api")
+    point_prefect_at(f"{prefect_server}/api")
     yield f"{prefect_server}/api"
-    _point_prefect_at(None)
+    point_prefect_at(None)
 
 
 @pytest.fixture(scope="session")

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from flows.__main__ import RECIPES
+from flows.recipes import RECIPES
 from flows.presets import Preset
 from storage.datasets import DatasetRef
 from tasks.caching import STEPS, step

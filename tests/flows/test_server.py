@@ -8,7 +8,7 @@ import httpx
 import pytest
 
 import flows.server
-from flows.server import ServerError, configure_prefect, private_server
+from flows.server import ServerError, announced, configure_prefect, private_server, served_address
 from tests.flows.builders import MARK, processes_marked
 
 pytestmark = pytest.mark.flow
@@ -44,6 +44,24 @@ def test_a_server_that_does_not_answer_in_time_is_told_and_ended(monkeypatch: py
         pass
     assert processes_marked(mark) == []
     assert "PREFECT_API_URL" not in os.environ
+
+
+def test_a_taken_port_is_refused_and_nobody_elses_server_is_taken_for_ours(prefect_server: str) -> None:
+    taken = int(prefect_server.rsplit(":", 1)[1])
+    with pytest.raises(ServerError, match=f"port {taken} is not free"), private_server(taken):
+        pass
+
+
+def test_runs_use_the_server_that_is_announced_for_this_home_while_it_answers(
+    prefect_server: str, ratchet_home: Path
+) -> None:
+    (ratchet_home / "prefect").mkdir(parents=True)
+    assert served_address() is None
+    with announced(prefect_server):
+        assert served_address() == prefect_server
+    assert served_address() is None
+    with announced("http://127.0.0.1:9"):  # left behind by a kill
+        assert served_address() is None
 
 
 def test_a_server_that_cannot_start_is_told_with_its_last_lines(

@@ -1,0 +1,125 @@
+"""Deployments: what `ratchet deploy` makes of presets, and that it may be given again."""
+
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+import yaml
+from typer.testing import CliRunner
+
+from flows.__main__ import app
+from flows.deploying import DEAD_RUNS, deploy, deployment_of, known_presets, prefect_yaml
+from flows.forms import comments_of
+from flows.presets import PresetError
+from models.specs import Sampling
+from storage.experiments import Experiment
+from tests.flows.builders import PRESETS, REPOSITORY, SMOKE
+
+COMMITTED = REPOSITORY / "deployments" / "prefect.yaml"
+NAME = "rest-em/rest-em-smoke"
+
+
+def test_the_committed_prefect_yaml_holds_the_presets_as_they_are() -> None:
+    made = prefect_yaml(known_presets(), pool="ratchet")
+    again = "ratchet deploy --yaml >deployments/prefect.yaml"
+    assert COMMITTED.read_text() == made, f"presets have changed; write it again: {again}"
+
+
+def test_a_deployment_carries_its_preset_as_parameters_that_the_form_accepts_and_describes() -> None:
+    one = deployment_of(SMOKE)
+    assert one.parameters == {"config": yaml.safe_load(SMOKE.read_text()), "advance": True}
+    assert one.description.startswith("The demo's flow on a fake model")
+    sampling = one.form["definitions"]["Sampling"]["properties"]
+    assert sampling["rollouts_per_prompt"]["minimum"] == 1
+    assert "schedule" in one.form["properties"]["advance"]["description"]
+    assert (
+        one.form["definitions"]["RestEM"]["properties"]["marker"]["description"] == "the final answer stands after it"
+    )
+
+
+def test_what_a_comment_says_of_a_setting_is_its_description() -> None:
+    told = comments_of(Sampling)
+    assert told
+    assert set(told) <= set(Sampling.model_fields)
+    assert not any(comment.startswith("#") for comment in told.values())
+
+
+def test_two_presets_of_one_experiment_are_refused_before_anything_is_done(tmp_path: Path) -> None:
+    twin = tmp_path / "twin.yaml"
+    twin.write_text(SMOKE.read_text())
+    with pytest.raises(PresetError, match="several presets are of one experiment: rest-em-smoke"):
+        list(deploy([SMOKE, twin], pool="ratchet", at_once=1, cron=None))
+
+
+def test_a_preset_that_prefect_would_take_for_a_template_is_refused(tmp_path: Path) -> None:
+    preset = tmp_path / "templated.yaml"
+    preset.write_text(
+        SMOKE.read_text().replace('name: "fake:0.4"', 'name: "fake:0.4", chat_template: "{{ eos_token }}"')
+    )
+    with pytest.raises(PresetError, match=r"would replace '{{ eos_token }}' by nothing; write {{ \(eos_token\) }}"):
+        prefect_yaml([preset], pool="ratchet")
+    assert deployment_of(preset).parameters["config"]["base"]["chat_template"] == "{{ eos_token }}"
+
+
+def test_deploying_without_a_server_is_a_wrong_configuration(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("PREFECT_API_URL", raising=False)
+    ran = CliRunner().invoke(app, ["deploy", str(SMOKE)])
+    assert ran.exit_code == 2
+    assert "PREFECT_API_URL is not set" in ran.output
+
+
+@pytest.mark.flow
+def test_deploying_twice_changes_nothing_and_keeps_what_people_have_set(prefect: str) -> None:
+    first = list(deploy([SMOKE], pool="tested", at_once=1, cron=None))
+    assert [one.what for one in first] == ["work pool", "automation", "deployment"]
+    found = deployed(prefect)
+    assert found["concurrency_options"]["collision_strategy"] == "ENQUEUE"
+    assert found["global_concurrency_limit"]["limit"] == 1
+    (schedule,) = found["schedules"]
+    assert (schedule["schedule"]["cron"], schedule["active"]) == ("0 2 * * *", False)
+    switched = httpx.patch(f"{prefect}/deployments/{found['id']}/schedules/{schedule['id']}", json={"active": True})
+    assert switched.status_code == 204
+    pool = httpx.patch(f"{prefect}/work_pools/tested", json={"concurrency_limit": 3})
+    assert pool.status_code == 204
+
+    second = list(deploy([SMOKE], pool="tested", at_once=1, cron=None))
+    assert all(one.existed for one in second)
+    again = deployed(prefect)
+    assert again["id"] == found["id"]
+    assert [(one["schedule"]["cron"], one["active"]) for one in again["schedules"]] == [("0 2 * * *", True)]
+    assert httpx.get(f"{prefect}/work_pools/tested").json()["concurrency_limit"] == 3
+    automations = httpx.post(f"{prefect}/automations/filter", json={"automations": {"name": {"any_": [DEAD_RUNS]}}})
+    assert len(automations.json()) == 1
+
+    list(deploy([SMOKE], pool="tested", at_once=1, cron="30 4 * * 1"))
+    assert [(one["schedule"]["cron"], one["active"]) for one in deployed(prefect)["schedules"]] == [
+        ("30 4 * * 1", True)
+    ]
+
+
+@pytest.mark.flow
+def test_the_server_refuses_parameters_that_the_form_does_not_allow(prefect: str) -> None:
+    list(deploy([SMOKE], pool="tested", at_once=1, cron=None))
+    found = deployed(prefect)
+    config = found["parameters"]["config"]
+    for change, told in (
+        ({"iterations": 0}, "less than the minimum of 1"),
+        ({"iteration": 3}, "iteration"),
+        ({"demonstrations": "some"}, "is not one of"),
+    ):
+        url = f"{prefect}/deployments/{found['id']}/create_flow_run"
+        answer = httpx.post(url, json={"parameters": {"config": {**config, **change}}})
+        assert answer.status_code in (409, 422), change
+        assert told in answer.text
+    assert not Experiment("rest-em-smoke").folder.exists()
+
+
+def deployed(api: str) -> dict[str, Any]:
+    """The deployment as the server has it."""
+    found: dict[str, Any] = httpx.get(f"{api}/deployments/name/{NAME}").json()
+    return found
+
+
+def test_every_preset_becomes_a_deployment_of_its_own() -> None:
+    assert len({deployment_of(preset).name for preset in known_presets()}) == len(list(PRESETS.glob("*/*.yaml")))
