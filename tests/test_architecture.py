@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from flows.recipes import RECIPES
 from flows.presets import Preset
+from flows.recipes import RECIPES
 from storage.datasets import DatasetRef
 from tasks.caching import STEPS, step
 from tasks.checking import faults
