@@ -17,7 +17,11 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from statistics import mean, stdev
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+if TYPE_CHECKING:
+    from storage.experiments import Experiment
+    from storage.hub import Source
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
@@ -95,23 +99,20 @@ def run_arm(arm: str, seed: int, lock: str | None = None) -> Arm:
     config = Preset(PRESET, [*overrides, f"experiment={name}"]).config(Spin)
     with locked(lock):
         spin.fn(config)
-    sys.stdout.write(f"seed {seed}, {arm}: {figures_of(Experiment(name)).policies[-1]}\n")
+    told = figures_of(Experiment(name), config.demonstrations)
+    sys.stdout.write(f"seed {seed}, {arm}: {told.policies[-1]}\n")
     sys.stdout.flush()
-    return figures_of(Experiment(name))
+    return told
 
 
-def figures_of(experiment: object) -> Arm:
-    """Read an experiment's record."""
-    from flows.spin import Spin
+def figures_of(experiment: "Experiment", demonstrations: "Source") -> Arm:
+    """Read an experiment's record; the demonstrations' gold answers say what was wrong with its pairs."""
     from storage.datasets import DatasetRef, read_rows
-    from storage.experiments import Experiment
     from storage.rows import EvaluatedPrompt, PairFigure
     from tasks.loading import prompts_of
 
-    assert isinstance(experiment, Experiment)
     base, *policies = experiment.iterations()
-    config = Spin.model_validate(experiment.config())
-    answers = {row.prompt_id: row.answer or "" for row in prompts_of(config.demonstrations)}
+    answers = {row.prompt_id: row.answer or "" for row in prompts_of(demonstrations)}
     values = [
         {
             row.prompt_id: row.value
