@@ -15,6 +15,7 @@ from storage.datasets import DatasetRef, read_rows
 from storage.experiments import Experiment
 from storage.home import home
 from storage.rows import Pair, PairFigure, Rollout
+from tasks.playing import NothingToLearn
 from tasks.reporting import published_rows
 from tests.benchmark_documents import write_documents
 from tests.flows.builders import PRESETS, heard, stored
@@ -108,11 +109,17 @@ def test_a_judge_swaps_and_drops_and_every_bucket_is_told() -> None:
 
 @pytest.mark.flow
 def test_a_demonstration_longer_than_the_cap_of_rollouts_is_left_out_and_counted() -> None:
-    # "1 + 2 = 3\nFINAL ANSWER: 3" are eight words, as the fake engine counts; the cap cuts every rollout too.
+    # "1 + 2 = 3\nFINAL ANSWER: 3" are eight words, as the fake engine counts them.
     config = config_of(SMOKE, *PLAIN, "sampling.max_completion_tokens=7")
-    with heard() as steps, pytest.raises(RuntimeError, match="no rows to store"):
+    with heard() as steps, pytest.raises(NothingToLearn, match=r"made no pair of 40 rollouts \(demonstration over max_completion_tokens 40"):
         spin.fn(config)
     assert steps[-1].step == "pair_with_gold"
+
+
+@pytest.mark.flow
+def test_a_judge_that_has_all_pairs_dropped_is_told() -> None:
+    with pytest.raises(NothingToLearn, match=r"dropped all \d+ pairs \(judged: small margin \d+"):
+        run_plainly("judge.labelling={small_below: 1.0, swap_at: 1.0, small: drop}")
 
 
 @pytest.mark.flow
