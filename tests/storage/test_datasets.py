@@ -3,7 +3,7 @@
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import get_args, get_type_hints
+from typing import get_args, get_origin, get_type_hints
 
 import datasets as hf_datasets
 import pyarrow.parquet as pq
@@ -32,11 +32,16 @@ QUICK = settings(max_examples=12, deadline=None, suppress_health_check=[HealthCh
 
 
 def any_row(row_type: type[Row]) -> st.SearchStrategy[Row]:
-    columns = {}
-    for name, kind in get_type_hints(row_type).items():
-        options = [VALUES[option] for option in get_args(kind) or (kind,) if option is not type(None)]
-        columns[name] = st.one_of(*([st.none()] if type(None) in get_args(kind) else []), *options)
+    columns = {name: any_value(kind) for name, kind in get_type_hints(row_type).items()}
     return st.builds(row_type, **columns)
+
+
+def any_value(kind: object) -> st.SearchStrategy[object]:
+    if kind is type(None):
+        return st.none()
+    if get_origin(kind) is list:
+        return st.lists(VALUES[get_args(kind)[0]], max_size=3)
+    return st.one_of(*map(any_value, get_args(kind))) if get_args(kind) else VALUES[kind]
 
 
 def stored(rows: list[Prompt]) -> DatasetRef:
