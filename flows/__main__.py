@@ -16,7 +16,7 @@ from typing import Annotated
 
 import typer
 
-from flows import inspecting
+from flows import inspecting, measuring
 from flows.console import HomeOption, JsonOption, err, fail, out, print_json, use_home
 from flows.presets import PresetError
 from flows.recipes import Recipe
@@ -70,7 +70,7 @@ def run(
         finally:
             stopping.set()
             close_engines()
-    from tasks.reporting import published_rows
+    from tasks.tables import published_rows
 
     records = experiment.iterations()
     for table in iteration_tables(records):
@@ -110,6 +110,8 @@ for inspect in (
     inspecting.gc,
 ):
     app.command()(inspect)
+app.command()(measuring.evaluate)
+app.command()(measuring.view_logprobs)
 
 
 @app.command()
@@ -136,6 +138,9 @@ def deploy(
     cron: Annotated[
         str | None, typer.Option(help='when each does one more iteration, UTC; else "0 2 * * *", turned off')
     ] = None,
+    image: Annotated[
+        str | None, typer.Option(help="run as Kubernetes jobs of this image, a GPU each; else in workers' processes")
+    ] = None,
     yaml_: Annotated[bool, typer.Option("--yaml", help="print a prefect.yaml instead; nothing is deployed")] = False,
     home_: HomeOption = None,
 ) -> None:
@@ -151,7 +156,7 @@ def deploy(
             return
         if "PREFECT_API_URL" not in os.environ:
             fail("PREFECT_API_URL is not set; name the server to deploy to, or try it with `ratchet ui --worker`", 2)
-        for one in deploy(chosen, pool=pool, at_once=at_once, cron=cron):
+        for one in deploy(chosen, pool=pool, at_once=at_once, cron=cron, image=image):
             out.print(f"{'brought up to date' if one.existed else 'created':<19}{one.what:<11}{one.name}", markup=False)
     except PresetError as error:
         fail(str(error), 2)

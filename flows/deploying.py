@@ -4,6 +4,7 @@ Everything is created where it is missing and brought up to date where it is the
 given again at any time. What people decide in the UI stays: whether a schedule is on, and the limit of the work pool.
 """
 
+import json
 import os
 import re
 from collections.abc import Iterator, Sequence
@@ -30,6 +31,7 @@ from storage.home import home
 
 REPOSITORY = Path(__file__).parents[1]
 TAG = "ratchet"
+IN_IMAGE, HOME_IN_IMAGE = "/ratchet", "/ratchet-home"  # of deployments/docker/Dockerfile
 NIGHTLY = "0 2 * * *"
 DEAD_RUNS = "ratchet: a run that is not heard of any more has crashed"
 UNHEARD_SECONDS = 4.0 * HEARTBEAT_SECONDS  # below three heartbeats, healthy runs are taken for dead (docs/PREFECT.md 2)
@@ -75,24 +77,28 @@ def deployment_of(preset: Path) -> Deployment:
     )
 
 
-def deploy(presets: Sequence[Path], *, pool: str, at_once: int, cron: str | None) -> Iterator[Deployed]:
+def deploy(
+    presets: Sequence[Path], *, pool: str, at_once: int, cron: str | None, image: str | None = None
+) -> Iterator[Deployed]:
     """Bring the server that PREFECT_API_URL names up to date, and say what was done, one thing after the other.
 
     Args:
         at_once: runs of the pool at a time, one an accelerator; for a pool that is not there yet.
+        image: runs are Kubernetes jobs of this image, with one GPU; None: processes of a worker.
         cron: when the deployments run; None: nightly, and paused until someone turns the schedule on.
     Raises:
-        PresetError: two presets are of one experiment, or one cannot be used; then nothing was done.
+        PresetError: two presets are of one experiment, or one cannot be used, or the pool is of another type; then
+            nothing was done.
     """
     deployments = [deployment_of(preset) for preset in presets]
     names = [one.name for one in deployments]
     if doubled := sorted({name for name in names if names.count(name) > 1}):
         raise PresetError(f"several presets are of one experiment: {', '.join(doubled)}; deploy one of them")
     with get_client(sync_client=True) as client:
-        yield _work_pool(client, pool, at_once)
+        yield _work_pool(client, pool, at_once, kind="process" if image is None else "kubernetes")
         yield _watch_for_dead_runs(client)
         for one in deployments:
-            yield _deploy_one(client, one, pool, cron)
+            yield _deploy_one(client, one, pool, cron, image)
 
 
 def prefect_yaml(presets: Sequence[Path], *, pool: str) -> str:
@@ -128,14 +134,19 @@ def known_presets() -> list[Path]:
     return sorted((REPOSITORY / "deployments" / "presets").glob("*/*.yaml"))
 
 
-def _work_pool(client: SyncPrefectClient, name: str, at_once: int) -> Deployed:
+def _work_pool(client: SyncPrefectClient, name: str, at_once: int, kind: str) -> Deployed:
     try:
-        client.read_work_pool(name)
+        there = client.read_work_pool(name)
     except ObjectNotFound:
         template = ProcessWorker.get_default_base_job_template()
-        wanted = WorkPoolCreate(name=name, type="process", base_job_template=template, concurrency_limit=at_once)
+        if kind == "kubernetes":
+            template = json.loads((REPOSITORY / "deployments" / "kubernetes" / "base-job-template.json").read_text())
+        wanted = WorkPoolCreate(name=name, type=kind, base_job_template=template, concurrency_limit=at_once)
         client.create_work_pool(wanted)
         return Deployed("work pool", name, existed=False)
+    if there.type != kind:
+        asked = "no --image" if kind == "process" else "--image"
+        raise PresetError(f"the work pool {name!r} is of type {there.type!r}, and {asked} needs {kind!r}; give --pool")
     return Deployed("work pool", name, existed=True)
 
 
@@ -164,11 +175,12 @@ def _watch_for_dead_runs(client: SyncPrefectClient) -> Deployed:
     return Deployed("automation", DEAD_RUNS, existed=bool(there))
 
 
-def _deploy_one(client: SyncPrefectClient, one: Deployment, pool: str, cron: str | None) -> Deployed:
+def _deploy_one(client: SyncPrefectClient, one: Deployment, pool: str, cron: str | None, image: str | None) -> Deployed:
     schedule = DeploymentScheduleCreate(
         schedule=CronSchedule(cron=cron or NIGHTLY, timezone="UTC"), active=cron is not None
     )
     name = f"{one.flow.name}/{one.name}"
+    folder, places = (str(REPOSITORY), _places()) if image is None else (IN_IMAGE, {"RATCHET_HOME": HOME_IN_IMAGE})
     common: dict[str, Any] = {
         "description": one.description,
         "entrypoint": one.entrypoint,
@@ -177,8 +189,8 @@ def _deploy_one(client: SyncPrefectClient, one: Deployment, pool: str, cron: str
         "enforce_parameter_schema": True,
         "tags": one.tags,
         "work_pool_name": pool,
-        "pull_steps": [{"prefect.deployments.steps.set_working_directory": {"directory": str(REPOSITORY)}}],
-        "job_variables": {"env": {**_settings_of_jobs(), **_places()}},
+        "pull_steps": [{"prefect.deployments.steps.set_working_directory": {"directory": folder}}],
+        "job_variables": {"env": _settings_of_jobs() | places, **({"image": image} if image else {})},
         "concurrency_limit": 1,  # two runs of one experiment never write at once
         "concurrency_options": LIMIT,
     }

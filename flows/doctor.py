@@ -34,7 +34,18 @@ class Finding(NamedTuple):
 
 def examine() -> list[Finding]:
     """All findings, the bad ones with what to do."""
-    return [_python(), *_packages(), _fastapi(), _engine(), _processor(), _accelerator(), _memory(), _disk(), _home()]
+    return [
+        _python(),
+        *_packages(),
+        _fastapi(),
+        _engine(),
+        _processor(),
+        _accelerator(),
+        _memory(),
+        _disk(),
+        _home(),
+        _sandbox(),
+    ]
 
 
 def _python() -> Finding:
@@ -103,6 +114,15 @@ def _home() -> Finding:
     return Finding(
         good, f"{home()} can be written" if good else f"{folder} cannot be written; give another with --home"
     )
+
+
+def _sandbox() -> Finding:
+    from tasks.sandbox import SandboxError, isolation
+
+    try:
+        return Finding(True, f"generated verifiers run behind {isolation()}")
+    except SandboxError as error:
+        return Finding(False, str(error))
 
 
 def _nearest(folder: Path) -> Path:

@@ -101,6 +101,7 @@ class GeneratorEvaluator(Settings):
     filter_above: FilterAbove = 0.5
     gate: Gate = Gate()
     published: dict[str, dict[str, float | None]] | None = None  # policy -> strategy -> percent, shown beside ours
+    published_of: str | None = None  # what model and data those are of
     seed: int = Field(default=0, ge=0)
 
     @model_validator(mode="after")
@@ -158,9 +159,14 @@ class GeneratorEvaluator(Settings):
 
 
 @flow(name="generator-evaluator", flow_run_name="{config.experiment}", task_runner=shard_threads())
-def generator_evaluator(config: GeneratorEvaluator) -> ModelRef:
-    """Train one model to write and to judge, then to learn from its own judgement. Returns the policy that stands."""
-    with experiment_run(config.experiment, config.model_dump(mode="json")) as experiment:
+def generator_evaluator(config: GeneratorEvaluator, *, advance: bool = False) -> ModelRef:
+    """Train one model to write and to judge, then to learn from its own judgement. Returns the policy that stands.
+
+    Args:
+        config: The experiment: its models, data, sampling, judging, training and gate.
+        advance: End after the first iteration that has something to do, as a schedule wants it.
+    """
+    with experiment_run(config.experiment, config.model_dump(mode="json"), advance=advance) as experiment:
         few_shot, examples = first_template(config.template, config.few_shot, config.train, config.marker)
         train = load_prompts(config.train, without=examples)
         held_out = HeldOut(load_prompts(config.dev, without=()), load_prompts(config.test, without=()))

@@ -7,7 +7,7 @@ from storage.collecting import Garbage
 
 if TYPE_CHECKING:  # they import Prefect, which takes a second
     from tasks.explaining import Change, Explanation
-    from tasks.tracing import ExperimentTrace, Trace, TracedRollout
+    from tasks.traces import ExperimentTrace, Trace, TracedRollout
 
 
 def why_lines(explained: "Sequence[Explanation]") -> Iterator[str]:
@@ -107,6 +107,9 @@ def _rollout_lines(rollout: "TracedRollout", *, whole: bool) -> Iterator[str]:
         yield from (f"              | {line}" for line in rollout.completion.splitlines())
     else:
         yield f"              {_short(rollout.completion)}"
+    for one in rollout.judgements:
+        sure = f"confidence {one.confidence:.3f}" if one.confidence is not None else f"no confidence, {one.reason}"
+        yield f"              judged by {one.judge_label}: {sure} that it is right, {one.dataset}"
     for use in rollout.uses:
         times = f", {use.times} times" if use.times > 1 else ""
         told = f"{use.became}{times}" if use.became else f"left out: {use.why_not}"

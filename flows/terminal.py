@@ -18,7 +18,7 @@ from storage.experiments import Experiment, IterationRecord, StepRecord
 if TYPE_CHECKING:
     from tasks.planning import PlannedStep
     from tasks.recording import Progress as RowProgress
-    from tasks.reporting import PublishedFigure
+    from tasks.tables import PublishedFigure
 
 PLAIN_SECONDS = 10.0  # between two progress lines where there is no bar
 
@@ -31,7 +31,7 @@ class Lines:
         self._bar = Progress(
             TextColumn("  {task.description}"),
             BarColumn(bar_width=30),
-            TextColumn("{task.completed:,.0f}/{task.total:,.0f} rollouts  {task.fields[speed]}"),
+            TextColumn("{task.completed:,.0f}/{task.total:,.0f} {task.fields[unit]}  {task.fields[speed]}"),
             TimeRemainingColumn(compact=True),
             console=console,
             transient=True,
@@ -62,7 +62,7 @@ class Lines:
     def _step(self, record: StepRecord) -> None:
         if record.shard is not None and record.state == "completed":
             return  # the data set they make together gets a line
-        if record.step.startswith("gather_") and self._task is not None:
+        if record.step.startswith(("gather_", "answer_")) and self._task is not None:
             self._bar.remove_task(self._task)
             self._task = None
         where = f"{'' if record.iteration is None else f'it{record.iteration}':<4}{record.split or '':<5}"
@@ -73,16 +73,15 @@ class Lines:
         now = time.monotonic()
         if self._task is None:
             self._started, self._said, self._before = now, now, event.done
-            self._task = self._bar.add_task(event.step, total=event.total, speed="")
+            self._task = self._bar.add_task(event.step, total=event.total, speed="", unit=event.unit)
         seconds = max(now - self._started, 0.1)
         written, judged = event.tokens / seconds, (event.done - self._before) / seconds
-        speed = f"{written:,.0f} tokens/s" if event.tokens else f"{judged:,.0f} rollouts/s"
-        self._bar.update(self._task, completed=event.done, speed=speed)
+        speed = f"{written:,.0f} tokens/s" if event.tokens else f"{judged:,.0f} {event.unit}/s"
+        self._bar.update(self._task, description=event.step, completed=event.done, total=event.total, speed=speed)
         if not self._console.is_terminal and now - self._said >= PLAIN_SECONDS:
             self._said = now
-            self._console.print(
-                f"      {event.step}: {event.done:,} of {event.total:,} rollouts, {speed}", markup=False
-            )
+            done = f"{event.done:,} of {event.total:,} {event.unit}"
+            self._console.print(f"      {event.step}: {done}, {speed}", markup=False)
 
 
 def iteration_tables(records: Sequence[IterationRecord]) -> Iterator[Table]:

@@ -5,7 +5,7 @@ that completion looks like. The template decides what comes before a completion 
 itself goes through unchanged, also where a template would trim it or put an empty reasoning block before it.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from datetime import datetime
 from string import Template
 from typing import Any
@@ -104,18 +104,24 @@ def render_continuation(tokenizer: Tokenizer, continuation: str) -> list[int]:
 
 
 def render_scored(
-    tokenizer: Tokenizer, messages: Sequence[Message], continuation: str, rendering: str
+    tokenizer: Tokenizer,
+    messages: Sequence[Message],
+    continuation: str,
+    rendering: str,
+    *,
+    prompt_of: Callable[[Tokenizer, Sequence[Message]], list[int]] = render_prompt,
 ) -> tuple[list[int], list[int]]:
     """Token ids of a prompt, and of what is to be scored after it.
 
     Args:
+        prompt_of: `render_prompt`, or what remembers its results.
         rendering: "apart": the continuation is tokenised by itself, as a policy is trained and sampled here, without an
             end of turn. "finished": the same with the end of turn, a whole training row. "joined": prompt and
             continuation are tokenised as one text and split after, as lm-eval 0.4.13 does for every benchmark.
     """
     if rendering == "joined":
         return _joined(tokenizer, messages, continuation)
-    prompt = render_prompt(tokenizer, messages)
+    prompt = prompt_of(tokenizer, messages)
     if rendering == "finished":
         return prompt, render_completion(tokenizer, messages, continuation)
     return prompt, render_continuation(tokenizer, continuation)

@@ -1,39 +1,26 @@
-"""The only module that knows lm-eval (0.4.13): its tasks and its scoring on an engine of ours.
+"""Running lm-eval's tasks (0.4.13) on an engine of ours; with models/harness_model.py, all that knows lm-eval.
 
-lm-eval builds the prompts, reads the answers and scores them. What it takes for a rendered prompt is the chat messages
-as JSON: an engine renders them like every other prompt (models/chat.py), so one rule holds for sampling, training and
-benchmarks. Numbers equal those of lm-eval's own backends on the same weights (tests/models/test_harness.py).
+lm-eval builds the prompts, reads the answers and scores them. Numbers equal those of its own backends on the same
+weights (tests/models/test_harness.py).
 """
 
-import atexit
 import functools
-import io
-import json
 import logging
 import random
-import shutil
-import tempfile
 import threading
-from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from models.chat import messages_of
-from models.engine import PLAIN, Engine, EngineConfigurationError, Message, Request, ScoreRequest
-from models.specs import PromptTemplate, Sampling
+from models.engine import Engine, Message
+from models.harness_model import Told, model_class
+from models.ifeval_libraries import EXTRA, BenchmarkError
+from models.specs import PromptTemplate
 
 Records = list[Mapping[str, Any]]  # documents of one split
-Told = Callable[[int, int], None]  # of progress: done, total
 
-EXTRA = "install lm-eval with what IFEval needs: pip install 'ratchet-lm[evaluation]'"
 FEWSHOT_SEED = 1234  # lm-eval's default
-STAND_IN = "ratchet-sentences"
-ABBREVIATIONS = (
-    "a.m al approx apt ave capt co corp dept dr e.g est etc fig gen gov hon i.e inc jr lt ltd maj messrs mr mrs ms mt "
-    "no p.m ph.d prof rep rev sen sgt sr st u.k u.n u.s vol vs"
-)
 _one_at_a_time = threading.Lock()  # what is set aside below, for the time of a benchmark, is the whole process's
 
 
@@ -67,10 +54,6 @@ class Answer(NamedTuple):
     weights: list[int]
     cut_tokens: int
     documents: int
-
-
-class BenchmarkError(RuntimeError):
-    """A benchmark cannot be run here; says what is missing and what to do."""
 
 
 def version() -> str:
@@ -108,7 +91,7 @@ def run_task(
     from lm_eval.evaluator import evaluate
 
     with _one_at_a_time, _quiet():
-        model = _model_class()(engine, template, task.max_completion_tokens, tell)
+        model = model_class()(engine, template, task.max_completion_tokens, tell)
         try:
             loaded = _load(task)
             found = evaluate(
@@ -175,140 +158,6 @@ class _Splits(dict[str, Any]):
         )
 
 
-@functools.cache
-def _model_class() -> Any:  # a subclass of lm_eval's LM, which can only be made once lm-eval is imported
-    from lm_eval.api.model import LM
-
-    class EngineLM(LM):  # type: ignore[misc]  # LM is untyped here
-        """An engine of ours as lm-eval sees a model."""
-
-        tokenizer_name = "ratchet"  # the engine's own
-
-        def __init__(
-            self, engine: Engine, template: PromptTemplate | None, max_completion_tokens: int | None, tell: Told
-        ) -> None:
-            super().__init__()
-            self._engine, self._template, self._tell = engine, template, tell
-            self._max_completion_tokens = max_completion_tokens
-            self.cut: dict[str, int] = {}  # by prompt: tokens left out of it
-
-        def chat_template(self, chat_template: bool | str = False) -> str:
-            """What lm-eval notes of the template; it never renders with it."""
-            return "the engine's" if chat_template else ""
-
-        def apply_chat_template(self, history: list[Message], add_generation_prompt: bool = True) -> str:
-            """The messages as JSON, with the recipe's template in place; `read_prompt` is its reverse."""
-            assert self._template is not None
-            if not add_generation_prompt:
-                raise EngineConfigurationError(
-                    "this benchmark opens the assistant's turn itself, which is not done here"
-                )
-            return json.dumps(_templated(self._template, history))
-
-        def read_prompt(self, context: str) -> tuple[Message, ...]:
-            """The messages that lm-eval's context stands for."""
-            if self._template is None:
-                return ({"role": PLAIN, "content": context},)
-            return tuple(json.loads(context))
-
-        def loglikelihood(self, requests: Sequence[Any]) -> list[tuple[float, bool]]:
-            """(log-probability of the continuation, whether it is what greedy decoding gives) for each request."""
-            asked = [
-                ScoreRequest(
-                    key=str(number),
-                    messages=self.read_prompt(request.args[0]),
-                    continuation=request.args[1],
-                    rendering="joined",
-                    cut="left",
-                )
-                for number, request in enumerate(requests)
-            ]
-            found: dict[int, tuple[float, bool]] = {}
-            for scored in self._engine.score_all(asked):
-                number = int(scored.key)
-                known = [value for value in scored.logprobs if value is not None]
-                if not known:
-                    raise EngineConfigurationError(
-                        f"the continuation {asked[number].continuation!r} has no tokens of its own after its prompt, "
-                        "so it cannot be scored; this benchmark cannot be run with this tokenizer"
-                    )
-                found[number] = (sum(known), all(scored.greedy))
-                self._note(requests[number].args[0], scored.cut_tokens)
-                self._tell(len(found), len(asked))
-            return [found[number] for number in range(len(asked))]
-
-        def generate_until(self, requests: Sequence[Any]) -> list[str]:
-            """The completion of each request, up to the first of its stop strings."""
-            found: dict[int, str] = {}
-            for sampling, numbers in self._by_decoding(requests).items():
-                asked = [
-                    Request(
-                        key=str(number), messages=self.read_prompt(requests[number].args[0]), seed=0, cut_prompt=True
-                    )
-                    for number in numbers
-                ]
-                for completion in self._engine.sample(asked, sampling):
-                    found[int(completion.key)] = _before(completion.text, sampling.stop)
-                    self._note(requests[int(completion.key)].args[0], completion.cut_tokens)
-                    self._tell(len(found), len(requests))
-            return [found[number] for number in range(len(requests))]
-
-        def loglikelihood_rolling(self, requests: Sequence[Any]) -> list[float]:
-            """No benchmark known here asks for the perplexity of whole texts."""
-            raise EngineConfigurationError("this benchmark asks for perplexities, which no known one does")
-
-        def _by_decoding(self, requests: Sequence[Any]) -> dict[Sampling, list[int]]:
-            groups: dict[Sampling, list[int]] = defaultdict(list)
-            for number, request in enumerate(requests):
-                groups[_sampling(request.args[1], self._max_completion_tokens)].append(number)
-            return groups
-
-        def _note(self, context: str, cut_tokens: int) -> None:
-            if cut_tokens:
-                self.cut[context] = max(cut_tokens, self.cut.get(context, 0))
-
-    return EngineLM
-
-
-def _templated(template: PromptTemplate, history: Sequence[Message]) -> list[Message]:
-    """The messages with the recipe's template around each user's, and its system message before the task's own."""
-    messages: list[Message] = []
-    system = [message["content"] for message in history if message["role"] == "system"]
-    for message in history:
-        if message["role"] == "user":
-            *first, user = messages_of(template, message["content"])
-            if not messages and (parts := [one["content"] for one in first] + system):
-                messages.append({"role": "system", "content": "\n\n".join(parts)})
-            messages.append(user)
-        elif message["role"] != "system":
-            messages.append(message)
-    return messages
-
-
-def _sampling(asked: Mapping[str, Any], max_completion_tokens: int | None) -> Sampling:
-    """lm-eval's generation settings as ours.
-
-    Raises:
-        EngineConfigurationError: the task asks for anything but greedy decoding.
-    """
-    if asked.get("do_sample") or asked.get("temperature", 0.0) > 0:
-        raise EngineConfigurationError(f"this benchmark is to be decoded greedily here, and it asks for {dict(asked)}")
-    until = asked.get("until") or ()
-    return Sampling(
-        rollouts_per_prompt=1,
-        temperature=0,
-        top_k=-1,
-        max_completion_tokens=max_completion_tokens or asked.get("max_gen_toks", 256),  # lm-eval's own default
-        stop=tuple(text for text in ([until] if isinstance(until, str) else until) if text),
-    )
-
-
-def _before(text: str, stops: Sequence[str]) -> str:
-    for stop in stops:
-        text = text.split(stop)[0]
-    return text
-
-
 def _answer(task: str, sample: Mapping[str, Any], model: Any, documents: int) -> Answer:
     contexts = [arguments[0] for arguments in sample["arguments"]]
     scores = [responses[0] for responses in sample["resps"]]
@@ -351,7 +200,7 @@ def _quiet() -> Iterator[None]:
 
     logger, bars, state = logging.getLogger("lm_eval"), module.tqdm, random.getstate()
     level = logger.level
-    logger.setLevel(logging.ERROR)
+    logger.setLevel(logging.CRITICAL)  # an error of its log is no failure: IFEval tells of each text without a language
     module.tqdm = lambda items, **_: items
     random.seed(0)
     try:
@@ -360,51 +209,3 @@ def _quiet() -> Iterator[None]:
         logger.setLevel(level)
         module.tqdm = bars
         random.setstate(state)
-
-
-# --- what IFEval needs beside lm-eval itself
-
-
-def prepare_ifeval(folders: Sequence[Path]) -> str:
-    """Have IFEval's libraries at hand; says how sentences will be told apart: by "punkt_tab", or by `STAND_IN`.
-
-    NLTK's sentence model for English, punkt_tab, is searched for where NLTK looks and in `folders`, then asked for from
-    the network. Without it the same splitter works with a few abbreviations and nothing learnt; two of the 25 kinds of
-    instructions depend on it.
-    """
-    try:
-        import immutabledict  # noqa: F401
-        import langdetect
-        import nltk
-    except ModuleNotFoundError as error:
-        raise BenchmarkError(f"IFEval needs {error.name}, which is not installed; {EXTRA}") from error
-    langdetect.DetectorFactory.seed = 0  # else it draws anew each time
-    nltk.data.path += [str(folder) for folder in folders if str(folder) not in nltk.data.path]
-    if (found := _punkt(nltk)) is None:
-        with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):  # the note of the figures says it better
-            nltk.download("punkt_tab", quiet=True)
-        found = _punkt(nltk)
-    if found is None:
-        nltk.data.path.append(_stand_in())
-        found = _punkt(nltk)
-    return STAND_IN if STAND_IN in str(found) else "punkt_tab"
-
-
-def _punkt(nltk: Any) -> Any:  # nltk and its path pointers are untyped
-    try:
-        return nltk.data.find("tokenizers/punkt_tab/english")
-    except LookupError:
-        return None
-
-
-@functools.cache
-def _stand_in() -> str:
-    """A folder with a sentence model that knows `ABBREVIATIONS` and nothing else; it ends with this process."""
-    root = tempfile.mkdtemp(prefix=f"{STAND_IN}-")
-    atexit.register(shutil.rmtree, root, ignore_errors=True)
-    folder = Path(root, "tokenizers", "punkt_tab", "english")
-    folder.mkdir(parents=True)
-    for name in ("collocations.tab", "sent_starters.txt", "ortho_context.tab"):
-        (folder / name).touch()
-    (folder / "abbrev_types.txt").write_text(ABBREVIATIONS.replace(" ", "\n"), encoding="utf-8")
-    return root

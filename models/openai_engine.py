@@ -107,17 +107,6 @@ class OpenAIEngine:
                 self._generated += 1
             yield completion
 
-    def score(self, messages: Sequence[Message], continuations: Sequence[str]) -> list[list[float]]:
-        """Log-probabilities as `models.openai_scores` reads them from replies, by the way the settings name."""
-        pool = self._ready_pool()
-        if self._settings.scoring == "top_logprobs":
-            return pool.submit(self._scored_by_first_token(pool, messages, continuations)).result()
-        return pool.submit(self._scored_behind_prompt(pool, messages, continuations)).result()
-
-    def score_all(self, requests: Iterable[ScoreRequest]) -> Iterator[ScoredTokens]:
-        """Yield each text as it is scored. The server renders and tokenises, so `rendering` and `cut` are its own."""
-        return self._all(requests, self._scored)
-
     def _all(self, requests: Iterable[R], work: Callable[["_Pool", R], Coroutine[Any, Any, T]]) -> Iterator[T]:
         """What comes of each request. One that fails is raised once the others are through."""
         pool, failure = self._ready_pool(), None
@@ -142,6 +131,17 @@ class OpenAIEngine:
                 future.cancel()
         if failure is not None:
             raise failure
+
+    def score(self, messages: Sequence[Message], continuations: Sequence[str]) -> list[list[float]]:
+        """Log-probabilities as `models.openai_scores` reads them from replies, by the way the settings name."""
+        pool = self._ready_pool()
+        if self._settings.scoring == "top_logprobs":
+            return pool.submit(self._scored_by_first_token(pool, messages, continuations)).result()
+        return pool.submit(self._scored_behind_prompt(pool, messages, continuations)).result()
+
+    def score_all(self, requests: Iterable[ScoreRequest]) -> Iterator[ScoredTokens]:
+        """Yield each text as it is scored. The server renders and tokenises, so `rendering` and `cut` are its own."""
+        return self._all(requests, self._told)
 
     def generated(self) -> int:
         """Completions received since the engine was opened."""
@@ -218,18 +218,14 @@ class OpenAIEngine:
         choice, _ = await pool.post("/chat/completions", body)
         return among_likeliest(choice, continuations, wanted)
 
-    async def _scored(self, pool: "_Pool", request: ScoreRequest) -> ScoredTokens:
+    async def _told(self, pool: "_Pool", request: ScoreRequest) -> ScoredTokens:
         one = {"max_tokens": 1, "temperature": 0.0, "prompt_logprobs": 0}
         _, opened = await pool.post("/chat/completions", self._body(request.messages, **one))
         more = [*request.messages, {"role": "assistant", "content": request.continuation}]
         ending = {"add_generation_prompt": False, "continue_final_message": request.rendering != "finished"}
         _, scored = await pool.post("/chat/completions", self._body(more, **ending, **one))
-        first, places = (answer.get("prompt_logprobs") for answer in (opened, scored))
-        if not first or not places or len(places) <= len(first):
-            raise EngineConfigurationError(
-                "the endpoint cannot score: the reply was expected to hold prompt_logprobs for the prompt and its "
-                f"continuation, found {places!r:.200}; score with a `vllm serve` endpoint or the vllm engine"
-            )
+        behind_prompt(opened, scored)  # or a clear no
+        first, places = opened["prompt_logprobs"], scored["prompt_logprobs"]
         told = [next(iter((place or {"-1": {}}).items())) for place in places[0 if request.in_full else len(first) :]]
         return ScoredTokens(
             key=request.key,
@@ -257,9 +253,9 @@ class _Pool:
     def __init__(self, settings: OpenAI, endpoints: Sequence[_Endpoint]) -> None:
         self._settings = settings
         self._endpoints = endpoints
-        key = os.environ.get(settings.api_key_variable)
+        self._key = os.environ.get(settings.api_key_variable)
         self._client = httpx.AsyncClient(
-            headers={"Authorization": f"Bearer {key}"} if key else {},
+            headers={"Authorization": f"Bearer {self._key}"} if self._key else {},
             timeout=settings.timeout_seconds,
             limits=httpx.Limits(max_connections=None),
         )
@@ -314,15 +310,19 @@ class _Pool:
             raise _Retry(f"{type(error).__name__} {error}") from error
         if reply.status_code in (408, 429):
             asked = _seconds(reply.headers.get("retry-after"))
-            raise _Retry(f"HTTP {reply.status_code}: {reply.text:.300}", wait_seconds=asked, counts=False)
+            raise _Retry(f"HTTP {reply.status_code}: {self._said(reply)}", wait_seconds=asked, counts=False)
         if reply.status_code >= 500:
             asked = _seconds(reply.headers.get("retry-after"))
-            raise _Retry(f"HTTP {reply.status_code}: {reply.text:.300}", wait_seconds=asked)
+            raise _Retry(f"HTTP {reply.status_code}: {self._said(reply)}", wait_seconds=asked)
         if reply.status_code != 200:
             raise EngineConfigurationError(
-                f"{url} refuses requests for model {body['model']!r} with HTTP {reply.status_code}: {reply.text:.500}"
+                f"{url} refuses requests for model {body['model']!r} with HTTP {reply.status_code}: {self._said(reply)}"
             )
         return _read(reply)
+
+    def _said(self, reply: httpx.Response) -> str:
+        """What a server says of a failure, for an error message: these are kept, and some servers quote the key."""
+        return (reply.text.replace(self._key, "[api key]") if self._key else reply.text)[:500]
 
     async def _least_loaded(self) -> _Endpoint:
         """An endpoint with room, now taken; those that failed last are the last choice."""

@@ -5,8 +5,9 @@ or processes is left out.
 """
 
 from typing import Annotated, Any, ClassVar, Literal
+from urllib.parse import urlsplit
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 
 class Settings(BaseModel):
@@ -123,6 +124,22 @@ class OpenAI(Settings):
     # how continuations are scored: exactly, by `vllm serve`; or, one token each, by what hosted endpoints report
     scoring: Literal["prompt_logprobs", "top_logprobs"] = "prompt_logprobs"
     top_logprobs: int = Field(default=20, ge=2, le=20)  # asked for in the latter case; others are unknown
+
+    def key(self) -> dict[str, Any]:
+        """How continuations are scored only where it is not exact, so that ledgers drawn without a judge stay good."""
+        unseen = {"scoring", "top_logprobs"} if self.scoring == "prompt_logprobs" else set()
+        return {name: value for name, value in super().key().items() if name not in unseen}
+
+    @field_validator("endpoints")
+    @classmethod
+    def _without_secrets(cls, endpoints: tuple[str, ...]) -> tuple[str, ...]:
+        for number, endpoint in enumerate(endpoints, start=1):
+            if urlsplit(endpoint).username is not None or urlsplit(endpoint).query:
+                raise ValueError(
+                    f"endpoint {number} holds a user name or a query, and settings are kept on disk; give the URL "
+                    "alone and put the key into the environment (api_key_variable)"
+                )
+        return endpoints
 
 
 class Fake(Settings):

@@ -20,8 +20,10 @@ from pathlib import Path
 from queue import Empty, SimpleQueue
 from typing import Any, BinaryIO, NamedTuple
 
+from jinja2 import TemplateError
+
 from models.chat import end_of_turn, load_tokenizer, render_prompt, render_scored, token_texts
-from models.engine import Message
+from models.engine import EngineConfigurationError, Message
 from models.specs import VLLM, Sampling
 
 Line = dict[str, Any]  # one message of the protocol, as JSON
@@ -141,7 +143,11 @@ class _Server:
 
         sampling, limit = Sampling.model_validate(message["sampling"]), self._settings.max_model_len
         for number, messages, seed, may_cut in message["requests"]:
-            prompt, cut = self._prompt(messages), 0
+            try:
+                prompt, cut = self._prompt(messages), 0
+            except (TemplateError, EngineConfigurationError) as error:
+                self._refuse_messages(message["call"], number, error)
+                continue
             if may_cut:
                 room = min(sampling.max_completion_tokens, limit // 2)
                 cut = max(0, len(prompt) + room - limit)
@@ -169,7 +175,18 @@ class _Server:
         # vLLM does not read its prefix cache for requests with prompt_logprobs, so none of them is missing.
         parameters = SamplingParams(temperature=0.0, max_tokens=1, prompt_logprobs=0, detokenize=False)
         for number, text in message["requests"]:
-            prompt, scored = render_scored(self._tokenizer, text["messages"], text["continuation"], text["rendering"])
+            try:
+                rendered = render_scored(
+                    self._tokenizer,
+                    text["messages"],
+                    text["continuation"],
+                    text["rendering"],
+                    prompt_of=lambda _, messages: self._prompt(messages),
+                )
+            except (TemplateError, EngineConfigurationError) as error:
+                self._refuse_messages(message["call"], number, error)
+                continue
+            prompt, scored = rendered
             tokens, cut = prompt + scored, max(0, len(prompt) + len(scored) - room)
             if cut and text["cut"] == "refuse":
                 self._refuse(message["call"], number, f"with its prompt it takes {len(tokens)} tokens")
@@ -204,6 +221,10 @@ class _Server:
             "raise it, or leave this prompt out"
         )
         self._reply(call, outcomes=[[number, error]])
+
+    def _refuse_messages(self, call: int, number: int, error: Exception) -> None:
+        told = f"the chat template does not take its messages ({error}); leave them out, or set base.chat_template"
+        self._reply(call, outcomes=[[number, told]])
 
     def _add(self, request: _Open, tokens: list[int], parameters: Any) -> None:  # vllm.SamplingParams
         name = f"{request.call}:{request.number}"

@@ -42,6 +42,7 @@ class StepRecord(BaseModel):
     seconds: float
     counts: dict[str, int]
     detail: str
+    key_parts: dict[str, Any] | None = None  # of a step that failed; those of others stand with what they made
     at: str  # ISO 8601, UTC
 
 

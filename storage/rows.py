@@ -91,7 +91,7 @@ class Calibration(Row):
     judge: str  # identity of the model that judged
     writer: str  # "own": the judge's own rollouts; else whose they are
     group: str  # "all", or a range of difficulty: "solved 25-50 %"
-    name: str  # "auroc", "ece", "accuracy", "mean confidence", "share correct"
+    name: str  # "auroc", "auroc within prompts", "ece", "accuracy", "mean confidence", "share correct"
     value: float
     low: float | None  # 95 % interval over prompts; None: not figured
     high: float | None
@@ -234,3 +234,42 @@ class BenchmarkMetric(Row):
     cut_prompts: int  # documents whose prompt was too long and lost its beginning
     note: str  # what else keeps the figure from being compared with others'; empty: nothing known
     policy: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TokenScore(Row):
+    """How likely a policy finds one token of a text. Key: (policy, sequence, position)."""
+
+    sequence: int  # its text, counted from 0
+    prompt_id: str
+    rollout_index: int | None
+    side: str  # "completion", "chosen" or "rejected"
+    about: str  # what is known of the text: "reward 1, match"
+    position: int  # from 0, the prompt's tokens first
+    is_prompt: bool
+    token_id: int
+    token: str  # its text; a character that several tokens make up stands at the last of them
+    logprob: float | None  # natural, given all tokens before it; None: the very first
+    cut_tokens: int  # of the text's end, which the engine's context does not hold
+    policy: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TokenComparison(Row):
+    """One token of a text under two policies. Key: (policy, reference, sequence, position)."""
+
+    sequence: int
+    prompt_id: str
+    rollout_index: int | None
+    side: str
+    about: str
+    position: int
+    is_prompt: bool
+    token_id: int
+    token: str
+    policy_logprob: float | None
+    reference_logprob: float | None
+    difference: float | None  # policy_logprob - reference_logprob
+    cut_tokens: int
+    policy: str
+    reference: str

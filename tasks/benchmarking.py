@@ -10,8 +10,9 @@ from collections.abc import Iterator, Mapping
 from functools import partial
 from pathlib import Path
 
-from models import harness
+from models import harness, ifeval_libraries
 from models.engine import Engine
+from models.ifeval_libraries import BenchmarkError
 from models.specs import EngineSettings, ModelRef, PromptTemplate, Settings
 from storage.benchmark_files import local_splits, places, read_split
 from storage.datasets import DatasetRef, read_rows, write_rows
@@ -19,6 +20,7 @@ from storage.digests import file_sha256
 from storage.rows import BenchmarkMetric, BenchmarkSample
 from tasks.benchmarks import KNOWN, Benchmark, Benchmarks, figures
 from tasks.caching import log_counts, step
+from tasks.planning import current_plan
 from tasks.recording import Progress, announce, current_iteration
 from tasks.serving import raise_if_stopping, serve
 
@@ -89,7 +91,7 @@ def material_of(benchmark: Benchmark) -> Material:
         BenchmarkError: lm-eval, or what IFEval needs beside it, is not installed.
     """
     version = harness.version()
-    sentences = harness.prepare_ifeval(_nltk_folders()) if benchmark.task == "ifeval" else None
+    sentences = _sentences() if benchmark.task == "ifeval" else None
     files = [
         f"{name}/{split} {file_sha256(file)}"
         for name, config in _parts(benchmark)
@@ -98,9 +100,26 @@ def material_of(benchmark: Benchmark) -> Material:
     return Material(lm_eval=version, files=tuple(files), sentences=sentences)
 
 
+def benchmark_faults(benchmarks: Benchmarks) -> list[str]:
+    """What would keep benchmarks from being run, found before anything is; empty: nothing that can be seen from here.
+
+    Whether the hub has the documents that are not on this machine is not asked.
+    """
+    try:
+        harness.version()
+    except BenchmarkError as error:
+        return [str(error)]
+    found = []
+    for benchmark in benchmarks.tasks:
+        if benchmark.task == "ifeval" and (missing := ifeval_libraries.missing_for_ifeval()):
+            found.append(missing)
+        found += [f"benchmark {benchmark.task!r}: {fault}" for fault in _split_faults(benchmark)]
+    return found
+
+
 def notes_of(benchmark: Benchmark) -> str:
     """What keeps a figure from being compared with others'; empty: nothing known."""
-    if benchmark.task == "ifeval" and harness.prepare_ifeval(_nltk_folders()) == harness.STAND_IN:
+    if benchmark.task == "ifeval" and _sentences() == ifeval_libraries.STAND_IN:
         return (
             "NLTK's punkt_tab is not here and a simpler model told sentences apart, for the 64 of 541 prompts that "
             "count them or words in capitals; run `python -m nltk.downloader punkt_tab`, or put it into "
@@ -139,6 +158,23 @@ def _local(benchmark: Benchmark, config: str | None) -> dict[str, Path]:
     return local_splits(known.hub, config, config_optional=known.tasks is None)
 
 
+def _split_faults(benchmark: Benchmark) -> Iterator[str]:
+    known = KNOWN[benchmark.task]
+    wanted = [known.split, *([known.examples] if known.examples and benchmark.shots_used else [])]
+    for name, config in _parts(benchmark):
+        here = _local(benchmark, config)
+        if missing := [split for split in wanted if here and split not in here]:
+            yield (
+                f"{name} is on this machine without its split {', '.join(missing)} (there are: {', '.join(here)}); "
+                f"put it at {places(known.hub, config)}, or remove the others and let the hub's be taken"
+            )
+        if not here and os.environ.get("HF_HUB_OFFLINE") == "1":
+            yield (
+                f"{name} is not on this machine and HF_HUB_OFFLINE is set; put its splits {', '.join(wanted)} at "
+                f"{places(known.hub, config)} and name that folder in RATCHET_DATA"
+            )
+
+
 def _read(splits: Mapping[str, Path]) -> Mapping[str, harness.Records]:
     return {split: read_split(file) for split, file in splits.items()}
 
@@ -152,7 +188,15 @@ def _answers(task: harness.TaskToRun, served: Engine, template: PromptTemplate |
         if time.monotonic() - last >= 1.0 or done == total:
             last = time.monotonic()
             announce(
-                Progress(step=task.name, iteration=current_iteration(), done=done, total=total, tokens=0, reused=0)
+                Progress(
+                    step=task.name,
+                    iteration=current_iteration(),
+                    done=done,
+                    total=total,
+                    tokens=0,
+                    reused=0,
+                    unit="requests",
+                )
             )
 
     return harness.run_task(task, served, template, tell)
@@ -182,6 +226,9 @@ def _sample(answer: harness.Answer, benchmark: Benchmark, policy: ModelRef) -> B
     )
 
 
-def _nltk_folders() -> list[Path]:
+def _sentences() -> str:
+    """How IFEval tells sentences apart here; a plan downloads nothing."""
     root = os.environ.get("RATCHET_DATA")
-    return [Path(root, "nltk_data")] if root else []
+    may_download = current_plan() is None and os.environ.get("HF_HUB_OFFLINE") != "1"
+    folders = [Path(root, "nltk_data")] if root else []
+    return ifeval_libraries.prepare_ifeval(folders, may_download=may_download)

@@ -10,7 +10,7 @@ from pydantic import Field, model_validator
 
 from models.specs import Settings
 from storage.rows import BenchmarkMetric, BenchmarkSample
-from tasks.metrics import Interval, interval_of_mean, wilson
+from tasks.metrics import Interval, interval_of_mean, paired_difference, wilson
 
 BenchmarkName = Literal[
     "ifeval",
@@ -31,22 +31,25 @@ class Known(NamedTuple):
     folder: str  # in lm_eval/tasks
     hub: str  # id of the data set
     config: str | None  # None: each task's own, which its name ends with
+    split: str  # of its documents
+    examples: str | None  # split of its worked examples; None: it takes none
     shots: int  # the usual number
     fixed: bool = False  # the task's own definition fixes the number of shots
     tasks: str | None = None  # it is a group: the beginning of its tasks' names
 
 
+TRUTHFULQA = "truthfulqa/truthful_qa"
 # Shots: the Open LLM Leaderboard's (METHODS 4.5), which had no ARC easy: lm-eval's own 0.
 KNOWN: dict[str, Known] = {
-    "ifeval": Known("ifeval", "google/IFEval", None, 0, fixed=True),
-    "gsm8k": Known("gsm8k", "openai/gsm8k", "main", 5),
-    "mmlu": Known("mmlu/default", "cais/mmlu", None, 5, tasks="mmlu_"),
-    "truthfulqa_mc1": Known("truthfulqa", "truthfulqa/truthful_qa", "multiple_choice", 0, fixed=True),
-    "truthfulqa_mc2": Known("truthfulqa", "truthfulqa/truthful_qa", "multiple_choice", 0, fixed=True),
-    "winogrande": Known("winogrande", "allenai/winogrande", "winogrande_xl", 5),
-    "hellaswag": Known("hellaswag", "Rowan/hellaswag", None, 10),
-    "arc_easy": Known("arc", "allenai/ai2_arc", "ARC-Easy", 0),
-    "arc_challenge": Known("arc", "allenai/ai2_arc", "ARC-Challenge", 25),
+    "ifeval": Known("ifeval", "google/IFEval", None, "train", None, 0, fixed=True),
+    "gsm8k": Known("gsm8k", "openai/gsm8k", "main", "test", "train", 5),
+    "mmlu": Known("mmlu/default", "cais/mmlu", None, "test", "dev", 5, tasks="mmlu_"),
+    "truthfulqa_mc1": Known("truthfulqa", TRUTHFULQA, "multiple_choice", "validation", None, 0, fixed=True),
+    "truthfulqa_mc2": Known("truthfulqa", TRUTHFULQA, "multiple_choice", "validation", None, 0, fixed=True),
+    "winogrande": Known("winogrande", "allenai/winogrande", "winogrande_xl", "validation", "train", 5),
+    "hellaswag": Known("hellaswag", "Rowan/hellaswag", None, "validation", "train", 10),
+    "arc_easy": Known("arc", "allenai/ai2_arc", "ARC-Easy", "test", "train", 0),
+    "arc_challenge": Known("arc", "allenai/ai2_arc", "ARC-Challenge", "test", "train", 25),
 }
 
 
@@ -154,3 +157,46 @@ def weighted_mean(values: Sequence[float], weights: Sequence[int]) -> tuple[floa
     error = sqrt(float((residuals**2).sum()) / (n * max(1, n - 1)))
     trials = ratio * (1 - ratio) / error**2 if error > 0 else n
     return ratio, wilson(ratio * trials, trials)
+
+
+class Change(NamedTuple):
+    """How one figure differs between two policies, on the same documents."""
+
+    benchmark: str
+    metric: str
+    filter: str
+    difference: float  # candidate - base
+    low: float  # 95 % interval over documents
+    high: float
+    n: int  # documents
+
+
+def changes(candidate: Iterable[BenchmarkSample], base: Iterable[BenchmarkSample]) -> list[Change]:
+    """How a benchmark's figures changed, each with a paired interval; for a gate, and for ablations.
+
+    Raises:
+        ValueError: the two were not put through the same documents in the same way.
+    """
+    mine, theirs = _by_document(candidate), _by_document(base)
+    if mine.keys() != theirs.keys() or not mine:
+        raise ValueError(
+            f"figures can only be compared on the same documents, filters, shots and rendering; of {len(mine):,} and "
+            f"{len(theirs):,} answers {len(mine.keys() & theirs.keys()):,} are alike; evaluate both with equal settings"
+        )
+    differences: dict[tuple[str, str, str], list[tuple[float, int]]] = defaultdict(list)
+    for key, sample in mine.items():
+        columns = zip(sample.metrics, sample.values, theirs[key].values, sample.weights, strict=True)
+        for metric, value, other, weight in columns:
+            differences[sample.benchmark, metric, sample.filter].append((value - other, weight))
+    return [_change(*key, found) for key, found in differences.items()]
+
+
+def _by_document(samples: Iterable[BenchmarkSample]) -> dict[tuple[object, ...], BenchmarkSample]:
+    return {(row.task, row.document, row.filter, row.shots, row.roles[0] == "plain"): row for row in samples}
+
+
+def _change(benchmark: str, metric: str, filter_: str, found: Sequence[tuple[float, int]]) -> Change:
+    mean_weight = sum(weight for _, weight in found) / len(found)
+    weighted = [difference * weight / mean_weight for difference, weight in found]
+    paired = paired_difference(weighted, [0.0] * len(weighted))
+    return Change(benchmark, metric, filter_, paired.difference, paired.low, paired.high, len(found))

@@ -160,7 +160,8 @@ class Step(Generic[P, R]):
         except BaseException as error:
             if not stopping.is_set():  # else it is no fault of the step
                 seconds = time.monotonic() - started
-                record_step(self.name, failed=True, key=lookup.key, seconds=seconds, detail=str(error))
+                parts, told = lookup.parts, str(error)
+                record_step(self.name, failed=True, key=lookup.key, key_parts=parts, seconds=seconds, detail=told)
             raise
         finally:
             _CALL.reset(token)

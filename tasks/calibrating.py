@@ -16,18 +16,26 @@ log = logging.getLogger("ratchet")
 Row = tuple[ScoredRollout, JudgedRollout]
 
 
-@step(version="1")
+@step(version="2")
 def calibrate(scored: tuple[DatasetRef, ...], judged: tuple[DatasetRef, ...], writers: tuple[str, ...]) -> DatasetRef:
-    """How far the judge can be trusted, on the rollouts of each of these writers."""
+    """How far the judge can be trusted, on the rollouts of each of these writers.
 
-    def rows() -> Iterator[Calibration]:
-        for score, verdict, writer in zip(scored, judged, writers, strict=True):
-            known = calibrations.verdicts(_joined(score, verdict))
-            judge = next(iter(read_rows(verdict, JudgedRollout))).judge
-            log_counts({f"decided by both, {writer}": len(known)})
-            yield from calibrations.calibration(known, judge, writer)
-
-    return write_rows(rows(), Calibration, step="calibration", parents=[*scored, *judged])
+    Raises:
+        JudgeError: nothing is known of any of them.
+    """
+    rows: list[Calibration] = []
+    for score, verdict, writer in zip(scored, judged, writers, strict=True):
+        known = calibrations.verdicts(_joined(score, verdict))
+        judge = next(iter(read_rows(verdict, JudgedRollout))).judge
+        log_counts({f"decided by both, {writer}": len(known)})
+        rows += calibrations.calibration(known, judge, writer)
+    if not rows:
+        raise JudgeError(
+            f"the judge cannot be measured: not one of {sum(ref.rows for ref in scored):,} rollouts of the dev split "
+            f"was decided both by its gold answer and by the judge; see {scored[0].name} and {judged[0].name} for the "
+            "reasons, and correct the marker, the template or judge.text"
+        )
+    return write_rows(rows, Calibration, step="calibration", parents=[*scored, *judged])
 
 
 @step(version="1", assumed=True)

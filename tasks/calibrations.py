@@ -1,7 +1,7 @@
 """How far a judge can be trusted: its confidences beside the verdicts of gold answers."""
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,6 +15,10 @@ from tasks.metrics import Interval, wilson
 BINS = 10  # of equal width, for the expected calibration error
 DIFFICULTIES = ((0.0, 0.25), (0.25, 0.5), (0.5, 0.75), (0.75, 1.0))  # share of a prompt's rollouts that are right
 RESAMPLES = 1_000  # of prompts, for an interval
+
+WITHIN = "auroc within prompts"  # what a vote among the rollouts of one prompt can make use of
+FIGURES = ("auroc", WITHIN, "ece", "accuracy", "mean confidence", "share correct")
+WITH_INTERVAL = ("auroc", WITHIN, "accuracy")
 
 Numbers = NDArray[np.float64]
 
@@ -45,8 +49,8 @@ def verdicts(rows: Iterable[tuple[ScoredRollout, JudgedRollout]]) -> list[Verdic
 
 
 def calibration(known: Sequence[Verdict], judge: str, writer: str) -> Iterator[Calibration]:
-    """AUROC, ECE, accuracy at 0.5, mean confidence and share correct; the first and third also by difficulty."""
-    yield from _figures(known, judge, writer, "all", ("auroc", "ece", "accuracy", "mean confidence", "share correct"))
+    """All figures, and AUROC and accuracy also by how often a prompt is solved."""
+    yield from _figures(known, judge, writer, "all", FIGURES)
     shares = _pass_rates(known)
     for number, (low, high) in enumerate(DIFFICULTIES):
         last = number == len(DIFFICULTIES) - 1
@@ -77,6 +81,12 @@ def auroc(correct: Sequence[bool], confidences: Sequence[float]) -> float | None
     )
 
 
+def auroc_within_prompts(known: Sequence[Verdict]) -> float | None:
+    """The same for a right and a wrong rollout of one prompt, over all such pairs; None: there are none."""
+    ids = sorted({row.prompt_id for row in known})
+    return _by_weights(known, ids, WITHIN)(np.ones(len(ids)))
+
+
 def expected_calibration_error(correct: Sequence[bool], confidences: Sequence[float], bins: int = BINS) -> float:
     """Mean distance of confidence and accuracy over bins of equal width, by their rollouts (Guo et al. 2017)."""
     right, sure = np.asarray(correct, dtype=np.float64), np.asarray(confidences, dtype=np.float64)
@@ -98,6 +108,7 @@ def _figures(
     correct, sure = [row.correct for row in known], [row.confidence for row in known]
     values: dict[str, float | None] = {
         "auroc": auroc(correct, sure),
+        WITHIN: auroc_within_prompts(known),
         "ece": expected_calibration_error(correct, sure),
         "accuracy": accuracy_at_half(correct, sure),
         "mean confidence": sum(sure) / len(sure),
@@ -133,31 +144,45 @@ def _pass_rates(known: Sequence[Verdict]) -> Mapping[str, float]:
 def _interval(known: Sequence[Verdict], name: str) -> Interval | None:
     """95 % percentile interval over prompts, resampled whole: the rollouts of one prompt are no independent draws."""
     ids = sorted({row.prompt_id for row in known})
-    if name not in ("auroc", "accuracy") or len(ids) < 2:
+    if name not in WITH_INTERVAL or len(ids) < 2:
         return None
-    places = {identity: place for place, identity in enumerate(ids)}
-    owners = np.array([places[row.prompt_id] for row in known])
-    correct = np.array([row.correct for row in known])
-    sure = np.array([row.confidence for row in known])
     if name == "accuracy" and len(ids) == len(known):
-        return wilson(float(((sure > 0.5) == correct).sum()), len(known))
-    order, groups, right = _grouped(correct, sure)
-    hits = ((sure > 0.5) == correct).astype(np.float64)
+        return wilson(float(sum((row.confidence > 0.5) is row.correct for row in known)), len(known))
+    figure = _by_weights(known, ids, name)
     generator = np.random.default_rng(0)
-    values = []
-    for _ in range(RESAMPLES):
-        weights = np.bincount(generator.integers(0, len(ids), len(ids)), minlength=len(ids))[owners].astype(np.float64)
-        value = (
-            _weighted_auroc(order, groups, right, weights)
-            if name == "auroc"
-            else float((weights * hits).sum() / weights.sum())
-        )
-        if value is not None:
-            values.append(value)
+    drawn = (np.bincount(generator.integers(0, len(ids), len(ids)), minlength=len(ids)) for _ in range(RESAMPLES))
+    values = [value for weights in drawn if (value := figure(weights.astype(np.float64))) is not None]
     if len(values) < RESAMPLES // 2:
         return None
     low, high = np.percentile(values, [2.5, 97.5])
     return Interval(float(low), float(high))
+
+
+def _by_weights(known: Sequence[Verdict], ids: Sequence[str], name: str) -> Callable[[Numbers], float | None]:
+    """The figure as a function of how often each prompt counts."""
+    places = {identity: place for place, identity in enumerate(ids)}
+    owners = np.array([places[row.prompt_id] for row in known])
+    correct = np.array([row.correct for row in known])
+    sure = np.array([row.confidence for row in known])
+    if name == "auroc":
+        order, ties, right = _grouped(correct, sure)
+        return lambda weights: _weighted_auroc(order, ties, right, weights[owners])
+    if name == "accuracy":
+        hits = owners[(sure > 0.5) == correct]
+        parts, wholes = (np.bincount(each, minlength=len(ids)).astype(np.float64) for each in (hits, owners))
+    else:
+        parts, wholes = _in_order_by_prompt(owners, correct, sure)
+    return lambda weights: float(weights @ parts / whole) if (whole := weights @ wholes) else None
+
+
+def _in_order_by_prompt(owners: NDArray[np.intp], correct: NDArray[np.bool_], sure: Numbers) -> tuple[Numbers, Numbers]:
+    """By prompt: its pairs of a right and a wrong rollout that are in order, ties half; and all such pairs."""
+    in_order, pairs = np.zeros(owners.max() + 1), np.zeros(owners.max() + 1)
+    for place in range(len(pairs)):
+        right, wrong = (sure[(owners == place) & (correct == kind)] for kind in (True, False))
+        pairs[place] = len(right) * len(wrong)
+        in_order[place] = (right[:, None] > wrong).sum() + (right[:, None] == wrong).sum() / 2
+    return in_order, pairs
 
 
 def _grouped(correct: NDArray[np.bool_], sure: Numbers) -> tuple[NDArray[np.intp], NDArray[np.intp], NDArray[np.bool_]]:

@@ -13,6 +13,8 @@ from models.fake_engine import fake_skill
 from models.specs import VLLM, EngineSettings, Fake, ModelRef, OpenAI, Optimization, PromptTemplate, Sampling
 from storage.home import home
 from storage.hub import Source
+from tasks.benchmarking import benchmark_faults
+from tasks.benchmarks import Benchmarks
 from tasks.loading import demonstrations_of, prompts_of
 
 T = TypeVar("T")
@@ -84,6 +86,7 @@ def faults(config: Checkable) -> list[str]:
         limit = config.engine.max_model_len
         found += [fault for name, one in _parts(config, Sampling) for fault in _length_faults(name, one, limit)]
     found += [fault for name, one in _parts(config, Optimization) for fault in _training_faults(name, one)]
+    found += [fault for _, one in _parts(config, Benchmarks) for fault in benchmark_faults(one)]
     return found
 
 

@@ -20,6 +20,7 @@ from storage.home import home
 from storage.results import StepResult, find_result
 
 SAMPLING, GATHERING = "sample_rollouts", "gather_rollouts"  # the former draws into a ledger, the latter has the key
+KEYED_AS = {SAMPLING: GATHERING, "judge_rollouts": "gather_judged"}  # what is asked for -> the step that has its key
 
 _DIGEST = re.compile(r"[0-9a-f]{32}")
 Verdict = Literal["first run", "reused", "same key", "changed", "unknown"]
@@ -92,7 +93,7 @@ def explain(step: str, experiment: str | None = None, iteration: int | None = No
     """
     chosen = _experiment_of(step, experiment)
     records = chosen.steps()
-    visits = _visits(records, GATHERING if step == SAMPLING else step)
+    visits = _visits(records, KEYED_AS.get(step, step))
     last_run = max((found for calls in visits.values() for found in calls), key=lambda visit: visit.number).record.run
     shown = {
         place: calls
@@ -137,7 +138,7 @@ def _experiment_of(step: str, name: str | None) -> Experiment:
     if not known:
         there = ", ".join(one.name for one in experiments()) or "none yet"
         raise ValueError(f"there is no experiment {name or ''!r} in {home()}; there are: {there}")
-    recorded = GATHERING if step == SAMPLING else step
+    recorded = KEYED_AS.get(step, step)
     ran = {one.name: max((r.at for r in one.steps() if r.step == recorded), default="") for one in known}
     chosen = max(known, key=lambda one: ran[one.name])
     if not ran[chosen.name]:
@@ -205,7 +206,7 @@ def _told(verdict: Verdict, old: _Visit | None, new: StepRecord, changes: Sequen
         stored = "; what it makes of that was stored already and was reused" if new.cached else ", so it ran"
         return f"{len(changes)} part{'s' * (len(changes) > 1)} of its key changed{stored}{failed}"
     if verdict == "unknown":
-        return f"its key changed, but a run that fails or whose record is gone leaves no parts to compare{failed}"
+        return f"its key changed, but what one of the runs stored is gone, and with it the parts to compare{failed}"
     if verdict == "reused":
         return "nothing changed, and what was stored was reused"
     assert old is not None
@@ -240,10 +241,10 @@ def _made(records: Sequence[StepRecord]) -> dict[str, StepRecord]:
 def _changes(
     old: StepRecord, new: StepRecord, before: dict[str, StepRecord], after: dict[str, StepRecord]
 ) -> Iterator[Change]:
-    old_result, new_result = _result(old), _result(new)
-    if old_result is None or new_result is None:
+    old_parts, new_parts = _key_parts(old), _key_parts(new)
+    if old_parts is None or new_parts is None:
         return
-    was, now = _leaves(old_result), _leaves(new_result)
+    was, now = _leaves(old_parts), _leaves(new_parts)
     for part in [*was, *(part for part in now if part not in was)]:
         if was.get(part) != now.get(part):
             yield Change(
@@ -275,9 +276,16 @@ def _result(record: StepRecord) -> StepResult | None:
     return find_result(record.step, record.key) if record.key is not None else None
 
 
-def _leaves(result: StepResult) -> dict[str, JsonValue]:
-    leaves: dict[str, JsonValue] = {"step version": result.version}
-    _add_leaves(leaves, "", result.key_parts.get("inputs"))
+def _key_parts(record: StepRecord) -> dict[str, Any] | None:
+    if record.key_parts is not None:
+        return record.key_parts
+    result = _result(record)
+    return None if result is None else result.key_parts
+
+
+def _leaves(key_parts: dict[str, Any]) -> dict[str, JsonValue]:
+    leaves: dict[str, JsonValue] = {"step version": key_parts.get("version")}
+    _add_leaves(leaves, "", key_parts.get("inputs"))
     return leaves
 
 

@@ -12,6 +12,10 @@ from tasks.filters import join
 from tasks.labels import LabelFree
 
 
+class NothingPaired(RuntimeError):
+    """No prompt has a rollout taken for right and a wrong one that are far enough apart."""
+
+
 @step(version="1", rows=lambda prompts: prompts.rows)
 def hide_answers(prompts: DatasetRef) -> DatasetRef:
     """The prompts without their gold answers, for everything that is to be free of labels."""
@@ -40,17 +44,26 @@ def label_by_confidence(judged: DatasetRef, settings: LabelFree) -> DatasetRef:
 
 @step(version="1")
 def pair_by_confidence(labelled: DatasetRef, judged: DatasetRef, minimum_margin: float, iteration: int) -> DatasetRef:
-    """The most against the least confident rollout of each prompt; prompts with one side only are counted."""
+    """The most against the least confident rollout of each prompt; prompts with one side only are counted.
+
+    Raises:
+        NothingPaired: no prompt gives a pair; counts the reasons.
+    """
     counts: Counter[str] = Counter()
-
-    def pairs() -> Iterator[Pair]:
-        joined = join(read_rows(labelled, ScoredRollout), read_rows(judged, JudgedRollout))
-        for _, group in groupby(joined, key=lambda row: row[0].prompt_id):
-            pair, reason = rules.pair_by_confidence(list(group), minimum_margin, iteration)
-            counts["pairs" if pair else reason] += 1
-            if pair is not None:
-                yield pair
-
-    reference = write_rows(pairs(), Pair, step="pairs", parents=[labelled, judged])
+    pairs: list[Pair] = []
+    joined = join(read_rows(labelled, ScoredRollout), read_rows(judged, JudgedRollout))
+    for _, group in groupby(joined, key=lambda row: row[0].prompt_id):
+        pair, reason = rules.pair_by_confidence(list(group), minimum_margin, iteration)
+        counts["pairs" if pair else reason] += 1
+        if pair is not None:
+            pairs.append(pair)
     log_counts(counts)
-    return reference
+    if not pairs:
+        told = ", ".join(f"{reason} {count:,}" for reason, count in counts.most_common())
+        raise NothingPaired(
+            f"step 'pair_by_confidence' made no pair of {counts.total():,} prompts ({told}); see {labelled.name}. "
+            f"Lower label_free.dpo.minimum_margin (now {minimum_margin:g}), move the thresholds of "
+            "label_free.labelling, or draw more rollouts of a prompt"
+        )
+    settings = {"rule": "confidence", "minimum_margin": minimum_margin}
+    return write_rows(pairs, Pair, step="pairs", parents=[labelled, judged], settings=settings)

@@ -5,7 +5,9 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from storage.rows import ScoredRollout
+from storage.rows import JudgedRollout, ScoredRollout
+from tasks.filters import join
+from tasks.labels import pair_by_confidence
 from tasks.pairs import Paired, Pairing, pair_rollouts
 from tasks.selection import Selected, Selection, same_text, select_demonstrations
 
@@ -78,6 +80,34 @@ def why_not_paired(index: int, scored: Sequence[ScoredRollout], settings: Mappin
     if twins:
         return f"duplicate of rollout {twins[0]}"
     return next((reason for reason in _OF_PAIRS if reason in together.drops), OTHER_RULES)
+
+
+def why_not_a_judge_row(index: int, scored: Sequence[ScoredRollout]) -> str:
+    """Why judging is not taught by a rollout, of a prompt's scored ones."""
+    own = next((row for row in scored if row.rollout_index == index), None)
+    if own is None:
+        return NOT_SCORED
+    if own.reward is None or own.finish_reason != "stop":
+        return f"no judge row: undecided, {own.reason}"
+    return "no judge row: over the balance of right and wrong, or over mixture's limits"
+
+
+def why_not_paired_by_confidence(
+    index: int, scored: Sequence[ScoredRollout], judged: Sequence[JudgedRollout], settings: Mapping[str, Any]
+) -> str:
+    """Why a rollout is on no side of the pair made of its prompt's most and least confident rollouts.
+
+    Args:
+        scored: what was taken for right and wrong, in the order of `judged`.
+        settings: what the pair was made with, as its manifest says.
+    """
+    own = next((score for score in scored if score.rollout_index == index), None)
+    if own is None:
+        return NOT_SCORED
+    if own.reward is None:
+        return f"undecided: {own.reason}"
+    pair, reason = pair_by_confidence(list(join(scored, judged)), float(settings.get("minimum_margin", 0.0)), 0)
+    return reason if pair is None else "between the most and the least confident"
 
 
 def _sides(paired: Paired) -> set[int | None]:

@@ -12,8 +12,11 @@ from tasks.recording import current_iteration
 # Counts that are rows left after a stage, in order; a step's other counts are rows dropped, by reason.
 FUNNEL = (
     "sampled",
+    "judged",
     "answered",
+    "decided",
     "correct",
+    "taken_for_right",
     "after_deduplication",
     "after_cap",
     "kept",
@@ -34,6 +37,7 @@ FUNNEL_STEPS = (
     "train_preferences",
 )
 NO_STAGE = ("optimizer_steps",)
+WITHOUT_GOLD = {"answered": "decided", "correct": "taken_for_right"}  # what a judge says is not what is so
 
 
 def begin(experiment: Experiment, base: Contender, **measured: DatasetRef) -> None:
@@ -62,6 +66,8 @@ def _record(
     number = current_iteration()
     assert number is not None  # flows record inside an iteration
     counts = _counts(experiment, number)
+    if "scored" in made_from and made_from["scored"].step == "labelled":
+        counts = {WITHOUT_GOLD.get(stage, stage): count for stage, count in counts.items()}
     references = {**made_from, "dev": contender.dev, "test": contender.test}
     record = IterationRecord(
         run=experiment.state().run,
@@ -84,8 +90,12 @@ def _counts(experiment: Experiment, number: int) -> dict[str, int]:
     steps = experiment.steps(run=experiment.state().run)
     counts: dict[str, int] = {}
     for record in steps:
-        if record.iteration == number and record.step in FUNNEL_STEPS and record.state == "completed":
+        if record.iteration != number or record.split is not None or record.state != "completed":
+            continue
+        if record.step in FUNNEL_STEPS:
             counts |= record.counts
+        elif record.step == "gather_judged":  # those not judged are dropped, and counted, where rewards are given
+            counts["judged"] = record.counts.get("judged", 0)
     return counts
 
 

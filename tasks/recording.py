@@ -39,6 +39,7 @@ class Progress:
     tokens: int
     reused: int  # of `done`, rows that were there already
     split: str | None = None
+    unit: str = "rollouts"  # what is counted
 
 
 Listener = Callable[[StepRecord | Progress], None]
@@ -180,6 +181,7 @@ def record_step(
     seconds: float = 0.0,
     counts: Mapping[str, int] | None = None,
     detail: str = "",
+    key_parts: dict[str, Any] | None = None,
 ) -> StepRecord:
     """Announce one finished step of the present run and iteration, with one log line."""
     run = current_run()
@@ -197,6 +199,7 @@ def record_step(
         seconds=round(seconds, 3),
         counts=dict(counts or {}),
         detail=detail,
+        key_parts=key_parts,
         at=now(),
     )
     if run is not None and not cached and not failed:

@@ -2,20 +2,22 @@
 
 import io
 import json
+import textwrap
 from collections.abc import Iterator, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from storage.checkpoints import read_checkpoint_manifest
 from storage.datasets import DatasetError, DatasetRef, read_rows
 from storage.durable import put_file
 from storage.experiments import Experiment, IterationRecord
-from storage.rows import Calibration, PairFigure, ScoredRollout, TrainingMetric
+from storage.rows import ScoredRollout
 from tasks.observing import publish_markdown
 from tasks.planning import current_plan
+from tasks.tables import calibration_table, held_out_losses, pair_table, published_rows, training_metrics
 
 SAMPLES_OF_A_KIND = 2
+LABEL_WIDTH = 16  # characters of a policy's label in a plot, in a line
 KINDS = {1.0: "right", 0.0: "wrong", None: "undecided"}
 
 
@@ -25,25 +27,6 @@ class Sample(NamedTuple):
     label: str
     kind: str
     row: ScoredRollout
-
-
-class PublishedFigure(NamedTuple):
-    """A figure of a published table, in percent, and ours; None: the table leaves it open, or it was not run here."""
-
-    label: str
-    strategy: str
-    published: float | None
-    ours: dict[str, Any] | None  # value, low, high, n, k
-
-
-def published_rows(config: dict[str, Any], iterations: Sequence[IterationRecord]) -> list[PublishedFigure]:
-    """What the preset says was published (policy -> strategy -> percent), beside what this experiment measured."""
-    measured = {record.label: record.metrics for record in iterations}
-    return [
-        PublishedFigure(label, strategy, figure, measured.get(label, {}).get(strategy))
-        for label, figures in (config.get("published") or {}).items()
-        for strategy, figure in figures.items()
-    ]
 
 
 def write_report(experiment: Experiment) -> Path:
@@ -112,8 +95,10 @@ def render(experiment: Experiment) -> str:
         accuracy_plot=_accuracy_plot(iterations),
         loss_plot=_loss_plot(iterations),
         published=published_rows(config, iterations),
-        calibrations=[(record.label, table) for record in iterations if (table := _calibrations(record))],
-        pairs=[(record.label, told) for record in iterations if (told := _pair_figures(record))],
+        published_of=config.get("published_of"),
+        calibrations=[(record.label, table) for record in iterations if (table := calibration_table(record))],
+        held_out_losses=list(held_out_losses(iterations)),
+        pairs=[(record.label, told) for record in iterations if (told := pair_table(record))],
         samples=[sample for record in iterations for sample in _samples(record)],
         steps=experiment.steps(run=experiment.state().run),
         config=json.dumps(config, indent=1),
@@ -165,35 +150,9 @@ def _samples(record: IterationRecord) -> Iterator[Sample]:
         return
 
 
-def _calibrations(record: IterationRecord) -> list[tuple[str, str, dict[str, Calibration]]]:
-    """(writer, group, figures by name) of the policy as a judge; empty where it judged nothing."""
-    if "calibration" not in record.references:
-        return []
-    table: dict[tuple[str, str], dict[str, Calibration]] = {}
-    try:
-        for row in read_rows(DatasetRef(**record.references["calibration"]), Calibration):
-            table.setdefault((row.writer, row.group), {})[row.name] = row
-    except DatasetError:  # removed since
-        return []
-    return [(writer, group, figures) for (writer, group), figures in table.items()]
-
-
-def _pair_figures(record: IterationRecord) -> dict[str, dict[str, PairFigure]]:
-    """What is told of the pairs, by what it is about; empty where the iteration paired nothing with demonstrations."""
-    if "pair_figures" not in record.references:
-        return {}
-    table: dict[str, dict[str, PairFigure]] = {}
-    try:
-        for row in read_rows(DatasetRef(**record.references["pair_figures"]), PairFigure):
-            table.setdefault(row.about, {})[row.name] = row
-    except DatasetError:  # removed since
-        return {}
-    return table
-
-
 def _accuracy_plot(iterations: Sequence[IterationRecord]) -> Any:
     figure, (axes,) = _figure(columns=1)
-    labels = [record.label for record in iterations]
+    labels = [textwrap.fill(record.label, LABEL_WIDTH, break_long_words=False) for record in iterations]
     for strategy in strategies(iterations):
         known = [(n, record.metrics[strategy]) for n, record in enumerate(iterations) if strategy in record.metrics]
         values = [100 * metric["value"] for _, metric in known]
@@ -208,7 +167,7 @@ def _accuracy_plot(iterations: Sequence[IterationRecord]) -> Any:
 
 def _loss_plot(iterations: Sequence[IterationRecord]) -> Any:
     curves = {
-        record.label: [(row.optimizer_step, row.value) for row in _training_metrics(record) if row.name == "loss"]
+        record.label: [(row.optimizer_step, row.value) for row in training_metrics(record) if row.name == "loss"]
         for record in iterations
     }
     drawn = {label: points for label, points in curves.items() if points}
@@ -221,17 +180,6 @@ def _loss_plot(iterations: Sequence[IterationRecord]) -> Any:
         axes.set_xlabel("optimizer step")
     all_axes[0].set_ylabel("training loss")
     return _svg(figure)
-
-
-def _training_metrics(record: IterationRecord) -> list[TrainingMetric]:
-    digest = record.policy.get("adapter") or record.policy.get("digest")
-    if not digest or record.policy.get("path"):
-        return []
-    try:
-        metrics = read_checkpoint_manifest(digest).metrics
-        return list(read_rows(metrics, TrainingMetric)) if metrics else []
-    except DatasetError:  # removed since
-        return []
 
 
 def _figure(*, columns: int) -> Any:

@@ -33,6 +33,18 @@ def describe(reference: str, rows: int) -> dict[str, Any]:
     return shown
 
 
+def dataset_named(reference: str) -> DatasetRef:
+    """The data set a user names.
+
+    Raises:
+        ValueError: no data set, or more than one, has that name.
+    """
+    folder = _find(reference)
+    if folder.parent.name == "models":
+        raise ValueError(f"{reference!r} is a model; give a data set, as datasets/<step>/<digest>")
+    return _reference(folder)
+
+
 def _find(reference: str) -> Path:
     start = reference.strip("/").removeprefix("datasets/").removeprefix("models/")
     step, _, digest = start.rpartition("/")

@@ -2,6 +2,7 @@
 
 import importlib
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -32,6 +33,14 @@ def test_importing_any_flow_or_the_command_loads_no_heavy_library() -> None:
     code = f"import sys, {', '.join(modules)}; print([name for name in {heavy!r} if name in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=REPOSITORY, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_lm_eval_is_known_to_its_own_modules_only() -> None:
+    files = [
+        file for package in ("flows", "tasks", "models", "storage") for file in (REPOSITORY / package).glob("*.py")
+    ]
+    knowing = {file.stem for file in files if re.search(r"^\s*(from|import) lm_eval\b", file.read_text(), re.MULTILINE)}
+    assert knowing == {"harness", "harness_model"}
 
 
 def test_each_step_stands_under_its_own_name() -> None:

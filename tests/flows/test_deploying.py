@@ -1,11 +1,13 @@
 """Deployments: what `ratchet deploy` makes of presets, and that it may be given again."""
 
+import re
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
 import yaml
+from prefect.utilities.templating import apply_values
 from typer.testing import CliRunner
 
 from flows.__main__ import app
@@ -113,6 +115,37 @@ def test_the_server_refuses_parameters_that_the_form_does_not_allow(prefect: str
         assert answer.status_code in (409, 422), change
         assert told in answer.text
     assert not Experiment("rest-em-smoke").folder.exists()
+
+
+@pytest.mark.flow
+def test_runs_of_an_image_are_kubernetes_jobs_with_a_gpu_and_the_home_on_a_claim(prefect: str) -> None:
+    list(deploy([SMOKE], pool="cluster", at_once=4, cron=None, image="registry.example/ratchet:cuda"))
+    found, pool = deployed(prefect), httpx.get(f"{prefect}/work_pools/cluster").json()
+    assert found["job_variables"]["image"] == "registry.example/ratchet:cuda"
+    assert found["job_variables"]["env"]["RATCHET_HOME"] == "/ratchet-home"
+    assert (pool["type"], pool["concurrency_limit"]) == ("kubernetes", 4)
+    variables = pool["base_job_template"]["variables"]["properties"]
+    defaults = {name: one["default"] for name, one in variables.items() if "default" in one}
+    pod = apply_values(pool["base_job_template"]["job_configuration"], {**defaults, **found["job_variables"]})[
+        "job_manifest"
+    ]["spec"]["template"]["spec"]
+    (container,) = pod["containers"]
+    assert container["resources"]["limits"]["nvidia.com/gpu"] == 1
+    assert {"name": "home", "mountPath": "/ratchet-home"} in container["volumeMounts"]
+    assert pod["volumes"][0]["persistentVolumeClaim"] == {"claimName": "ratchet-home"}
+    with pytest.raises(PresetError, match="'cluster' is of type 'kubernetes', and no --image needs 'process'"):
+        list(deploy([SMOKE], pool="cluster", at_once=4, cron=None))
+
+
+def test_what_the_image_holds_is_what_the_program_needs() -> None:
+    copied = re.findall(r"^COPY (.+) \S+$", (REPOSITORY / "deployments/docker/Dockerfile").read_text(), re.MULTILINE)
+    packages = {name for name in ("flows", "tasks", "models", "storage", "deployments", "requirements")}
+    assert {name for names in copied for name in names.split()} == {
+        "Makefile",
+        "pyproject.toml",
+        "README.md",
+        *packages,
+    }
 
 
 def deployed(api: str) -> dict[str, Any]:

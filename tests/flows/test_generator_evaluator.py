@@ -55,6 +55,19 @@ def test_every_stage_is_recorded_with_its_strategies_and_its_calibration() -> No
     report = CliRunner().invoke(app, ["report", experiment.name])
     html = Path(report.stdout.strip()).read_text()
     assert "The policy as a judge" in html
+    judged = html[html.index("The policy as a judge") : html.index("What became of the rollouts")]
+    for shown in (
+        "<td>own</td>",
+        "<td>base</td>",
+        "solved 0-25 %",
+        "AUROC",
+        "within prompts",
+        "ECE",
+        "too sure by",
+        "self-preference",
+    ):
+        assert shown in judged
+    assert "unpaired: right only" in html or "unpaired: neither" in html
     assert "Published, and ours" not in html  # the smoke preset names none
 
 
@@ -130,8 +143,12 @@ def test_published_figures_stand_beside_ours() -> None:
     assert done.exit_code == 0, done.output
     assert "Published, and ours" in done.stdout
     assert done.stdout.count("not run") == 2  # pass@16 of data set 1, and the whole DPO
+    records = {record.label: record for record in Experiment("generator-evaluator-smoke").iterations()}
     page = next(Path(line.split(": ", 1)[1]) for line in done.stdout.splitlines() if line.startswith("Report: "))
-    assert "Published, and ours" in page.read_text()
+    html = page.read_text()
+    ours = records["SFT Dataset 1"].metrics["maj@8"]["value"]
+    assert f"<td>\n69<br><b>{100 * ours:.1f}</b>" in html
+    assert html.count("not run") == 2
 
 
 BAD: dict[str, tuple[list[str], tuple[str, ...]]] = {

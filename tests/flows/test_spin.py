@@ -16,7 +16,7 @@ from storage.experiments import Experiment
 from storage.home import home
 from storage.rows import Pair, PairFigure, Rollout
 from tasks.playing import NothingToLearn
-from tasks.reporting import published_rows
+from tasks.tables import published_rows
 from tests.benchmark_documents import write_documents
 from tests.flows.builders import PRESETS, heard, stored
 

@@ -13,8 +13,10 @@ from models.chat import (
     messages_of,
     render_completion,
     render_prompt,
+    render_scored,
+    token_texts,
 )
-from models.engine import EngineConfigurationError
+from models.engine import PLAIN, EngineConfigurationError
 from models.specs import PromptTemplate
 from tests.models.tiny_fixture import TEMPLATE, save_tokenizer
 
@@ -113,3 +115,44 @@ def test_folder_without_a_chat_template_says_what_to_set(tmp_path: Path) -> None
 def test_folder_without_a_tokenizer_is_named(tmp_path: Path) -> None:
     with pytest.raises(EngineConfigurationError, match=f"{tmp_path}.*holds no tokenizer"):
         load_tokenizer(str(tmp_path), None, False)
+
+
+def test_each_token_has_its_text_and_a_split_character_stands_at_its_end(tokenizer: Tokenizer) -> None:
+    text = "12 apples\n \U0001f600 end"
+    ids = [*tokenizer(text, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
+    texts = token_texts(tokenizer, ids)
+    assert "".join(texts) == f"{text}<|endoftext|>" and texts[-1] == "<|endoftext|>"
+    place = texts.index("\U0001f600")  # 4 bytes, no two of which the vocabulary has joined
+    assert texts[place - 3 : place] == ["", "", ""]
+
+
+def test_half_a_character_at_the_end_is_told_as_such(tokenizer: Tokenizer) -> None:
+    ids = tokenizer("a\U0001f600", add_special_tokens=False)["input_ids"]
+    assert token_texts(tokenizer, ids[:-1]) == ["a", "", "", "\ufffd"]
+
+
+def test_scored_text_is_a_whole_training_row_or_an_open_one(tokenizer: Tokenizer) -> None:
+    prompt = render_prompt(tokenizer, QUESTION)
+    assert render_scored(tokenizer, QUESTION, "7", "finished") == (prompt, render_completion(tokenizer, QUESTION, "7"))
+    assert render_scored(tokenizer, QUESTION, "7", "apart") == (prompt, tokenizer("7")["input_ids"])
+
+
+def test_plain_text_is_split_where_its_blanks_begin(tokenizer: Tokenizer) -> None:
+    plain = ({"role": PLAIN, "content": "Ann has 12 "},)
+    prompt, scored = render_scored(tokenizer, plain, "apples", "joined")
+    assert (tokenizer.decode(prompt), tokenizer.decode(scored)) == ("Ann has 12", " apples")
+
+
+def test_plain_text_has_one_bos_where_the_tokenizer_adds_one(tmp_path: Path) -> None:
+    from tokenizers.processors import TemplateProcessing
+
+    save_tokenizer(tmp_path)
+    tokenizer = load_tokenizer(str(tmp_path), None, False)
+    tokenizer.bos_token = "<|pad|>"
+    bos = tokenizer.bos_token_id
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing("<|pad|> $A", special_tokens=[("<|pad|>", bos)])
+    for content in ("Ann", "<|pad|>Ann"):
+        prompt, scored = render_scored(tokenizer, ({"role": PLAIN, "content": content},), " has", "joined")
+        assert (prompt.count(bos), prompt[0], tokenizer.decode(scored)) == (1, bos, " has")
+    assert render_scored(tokenizer, ({"role": PLAIN, "content": ""},), "Ann", "joined")[0] == [bos]
+    assert bos not in render_prompt(tokenizer, QUESTION)  # a template writes its own

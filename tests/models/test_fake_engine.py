@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from models.engine import Completion, EngineConfigurationError, EngineError, Request, open_engine
+from models.engine import Completion, EngineConfigurationError, EngineError, Request, ScoreRequest, open_engine
 from models.fake_engine import fake_skill, train_fake
 from models.specs import Fake, ModelRef, Sampling
 
@@ -108,3 +108,19 @@ def test_name_of_another_kind_is_refused(name: str) -> None:
 def test_label_of_a_checkpoint_cannot_be_opened_by_name() -> None:
     with pytest.raises(EngineConfigurationError, match="only its label"):
         open_engine(Fake(), ModelRef(name="iteration 1", digest="abc"))
+
+
+def test_a_text_scored_in_full_has_its_prompts_words_too() -> None:
+    messages = ({"role": "user", "content": "Is it right?"},)
+    with open_engine(Fake(), ModelRef(name="fake:0.4")) as engine:
+        whole, part = engine.score_all(
+            ScoreRequest(key=str(full), messages=messages, continuation="not at all", in_full=full)
+            for full in (True, False)
+        )
+        assert part.logprobs == whole.logprobs[3:] == engine.score(messages, ["not at all"])[0]
+    assert (whole.texts, whole.prompt_tokens, whole.logprobs[0]) == (
+        ["Is ", "it ", "right?", "not ", "at ", "all"],
+        3,
+        None,
+    )
+    assert (part.texts, part.prompt_tokens, len(part.token_ids)) == ([], 0, 3)

@@ -9,6 +9,7 @@ import pytest
 
 from models import harness
 from models.engine import LocalModel
+from models.ifeval_libraries import prepare_ifeval
 from models.specs import VLLM, ModelRef, PromptTemplate
 from models.vllm_engine import VLLMEngine
 from storage.benchmark_files import local_splits
@@ -95,7 +96,7 @@ def test_figures_and_log_probabilities_are_those_of_lm_evals_own_backend(
 ) -> None:
     if name == "ifeval":
         pytest.importorskip("langdetect", reason="IFEval needs langdetect: pip install 'lm-eval[ifeval]'")
-        harness.prepare_ifeval([])
+        prepare_ifeval([], may_download=False)
     task = task_of(name, shots)
     answers = harness.run_task(task, engine, PromptTemplate() if chat else None)
     expected = evaluated_by_lm_eval(task, reference, chat=chat)

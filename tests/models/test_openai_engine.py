@@ -9,10 +9,12 @@ import pytest
 
 from models import openai_engine
 from models.engine import (
+    PLAIN,
     Completion,
     EngineConfigurationError,
     EngineError,
     Request,
+    ScoreRequest,
     UnknownProbability,
     open_engine,
 )
@@ -220,6 +222,37 @@ def test_score_reads_the_prompt_logprobs_behind_the_prompt() -> None:
         assert engine.score(messages, ["Yes", ""]) == [[-0.3, -0.4], []]
 
 
+def test_whole_text_is_told_from_the_prompt_logprobs() -> None:
+    def answer(number: int, body: dict[str, Any]) -> Reply:
+        words = ["<s>", "Is", "it"] if body["messages"][-1]["role"] == "user" else ["<s>", "Is", "it", "Yes", "</s>"]
+        places = [{str(n): {"logprob": -n / 10, "rank": n - 2, "decoded_token": word}} for n, word in enumerate(words)]
+        content = {"choices": [{"message": {"content": "x"}, "finish_reason": "length"}]}
+        return 200, {}, json.dumps({**content, "prompt_logprobs": [None, *places[1:]]}).encode()
+
+    asked = ScoreRequest(
+        key="k",
+        messages=({"role": "user", "content": "Is it?"},),
+        continuation="Yes",
+        rendering="finished",
+        in_full=True,
+    )
+    with serving(answer) as server, open_engine(OpenAI(endpoints=(server.url,)), ModelRef(name="m")) as engine:
+        (told,) = engine.score_all([asked])
+    assert (told.texts, told.prompt_tokens) == (["", "Is", "it", "Yes", "</s>"], 3)
+    assert told.logprobs == [None, -0.1, -0.2, -0.3, -0.4]
+    assert told.greedy == [False, False, False, True, False]
+
+
+def test_plain_text_is_refused_since_the_server_would_put_its_template_around_it() -> None:
+    plain = ScoreRequest(key="k", messages=({"role": PLAIN, "content": "Is it?"},), continuation="Yes")
+    with (
+        serving(lambda number, body: ok()) as server,
+        open_engine(OpenAI(endpoints=(server.url,)), ModelRef(name="m")) as engine,
+        pytest.raises(EngineConfigurationError, match="puts its own chat template around every text"),
+    ):
+        list(engine.score_all([plain]))
+
+
 def test_a_prompt_that_the_server_renders_otherwise_before_a_given_reply_is_refused() -> None:
     def answer(number: int, body: dict[str, Any]) -> Reply:
         opened = body["messages"][-1]["role"] == "user"
@@ -287,3 +320,8 @@ def test_endpoint_that_cannot_score_is_named_as_such() -> None:
 def test_chat_template_of_ones_own_is_refused() -> None:
     with pytest.raises(EngineConfigurationError, match="start the server with them"):
         open_engine(OpenAI(endpoints=("http://x/v1",)), ModelRef(name="m", chat_template="{{ messages }}"))
+
+
+def test_exact_scoring_leaves_the_key_of_what_was_sampled_before_it_could_be_chosen() -> None:
+    assert OpenAI(endpoints=("http://x/v1",), top_logprobs=5).key() == {"kind": "openai", "logprobs": True}
+    assert OpenAI(endpoints=("http://x/v1",), scoring="top_logprobs").key()["top_logprobs"] == 20

@@ -419,3 +419,31 @@ def test_the_loss_of_each_task_on_rows_held_out_is_logged_before_and_after(
     before, after = figures(with_rows, "eval_loss/solve").values()
     assert after < before
     assert figures(with_rows, "loss") == figures(job, "loss")  # a look at held-out rows changes no training
+
+
+@needs_torch
+@pytest.mark.parametrize("kind", ["sft", "preference"])
+def test_two_processes_reach_the_weights_that_one_reaches(
+    kind: str, sft_job: Callable[..., SFTJob], preference_job: Callable[..., PreferenceJob]
+) -> None:
+    job = sft_job if kind == "sft" else preference_job
+    two = str(Path(__file__).parents[2] / "deployments/accelerate/cpu2.yaml")
+    alone, together = job("alone", max_steps=3), job("together", max_steps=3, accelerate_config=two)
+    first, second = (worker.run_job(one, lambda line: None) for one in (alone, together))
+    assert (first.rows, first.optimizer_steps) == (second.rows, second.optimizer_steps)
+    expected, reached = weights_of(alone.output), weights_of(together.output)
+    assert expected.keys() == reached.keys()
+    for name, weight in expected.items():
+        assert (weight - reached[name]).abs().max() < 1e-4, name
+    begun = weights_of(alone.weights)
+    assert max((weight - expected[name]).abs().max() for name, weight in begun.items()) > 1e-3  # it did train
+    assert contents(together.output).keys() == contents(alone.output).keys()
+
+
+@pytest.mark.parametrize(
+    "file", sorted((Path(__file__).parents[2] / "deployments/accelerate").glob("*.yaml")), ids=lambda file: file.stem
+)
+def test_accelerate_reads_the_configs_that_come_along(file: Path) -> None:
+    accelerate_config = pytest.importorskip("accelerate.commands.config.config_args")
+    read = accelerate_config.load_config_from_file(str(file))
+    assert read.num_processes == {"cpu": 1, "cpu2": 2}.get(file.stem, 8)

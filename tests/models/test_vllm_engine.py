@@ -5,12 +5,12 @@ import signal
 import threading
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 
-from models.chat import load_tokenizer, render_continuation, render_prompt
-from models.engine import Completion, EngineConfigurationError, EngineError, LocalModel, Request
+from models.chat import load_tokenizer, render_completion, render_continuation, render_prompt
+from models.engine import Completion, EngineConfigurationError, EngineError, LocalModel, Request, ScoreRequest
 from models.specs import VLLM, ModelRef, Sampling
 from models.vllm_engine import VLLMEngine
 from tests.models.tiny_fixture import TEMPLATE, save_tiny_model
@@ -207,3 +207,62 @@ def test_adapter_is_loaded_into_the_live_engine(folders: dict[str, Path], tmp_pa
 def test_adapter_without_max_lora_rank_is_refused_at_once(tmp_path: Path) -> None:
     with pytest.raises(EngineConfigurationError, match=r"set engine\.max_lora_rank"):
         VLLMEngine(VLLM()).use(model(tmp_path, adapter=tmp_path))
+
+
+def test_whole_text_has_the_log_probabilities_transformers_computes(
+    engine: VLLMEngine, folders: dict[str, Path]
+) -> None:
+    import torch
+
+    engine.use(model(folders["one"]))
+    tokenizer = load_tokenizer(str(folders["one"]), None, False)
+    asked = ScoreRequest(key="k", messages=QUESTION, continuation="12 + 7 = 19", rendering="finished", in_full=True)
+    (told,) = engine.score_all([asked])
+    prompt, completion = render_prompt(tokenizer, QUESTION), render_completion(tokenizer, QUESTION, "12 + 7 = 19")
+    assert (told.token_ids, told.prompt_tokens, told.cut_tokens) == (prompt + completion, len(prompt), 0)
+    assert "".join(told.texts) == tokenizer.decode(told.token_ids)
+    rows = network_of(folders["one"])(torch.tensor([told.token_ids])).logits[0].log_softmax(-1)
+    expected = [rows[place, token].item() for place, token in enumerate(told.token_ids[1:])]
+    assert told.logprobs[0] is None and told.logprobs[1:] == pytest.approx(expected, abs=1e-3)
+    assert told.greedy[1:] == [int(rows[place].argmax()) == token for place, token in enumerate(told.token_ids[1:])]
+
+
+def test_text_that_is_too_long_is_cut_as_asked_for_or_refused(engine: VLLMEngine, folders: dict[str, Path]) -> None:
+    engine.use(model(folders["one"]))
+
+    def asked(cut: Literal["refuse", "left", "right"], *, in_full: bool) -> ScoreRequest:
+        return ScoreRequest(key=cut, messages=QUESTION, continuation=" one more word" * 80, cut=cut, in_full=in_full)
+
+    (right,) = engine.score_all([asked("right", in_full=True)])
+    (left,) = engine.score_all([asked("left", in_full=True)])
+    assert len(right.token_ids) == len(left.token_ids) == 127  # one less than the model takes, as vLLM draws a token
+    assert right.cut_tokens == left.cut_tokens > 0
+    assert right.prompt_tokens == len(render_prompt(load_tokenizer(str(folders["one"]), None, False), QUESTION))
+    assert left.prompt_tokens == 0 and left.token_ids[-20:] != right.token_ids[:20]
+    short = ScoreRequest(key="short", messages=QUESTION, continuation="no")
+    found: list[str] = []
+    with pytest.raises(EngineConfigurationError, match=r"'refuse': with its prompt it takes \d+ tokens"):
+        found.extend(told.key for told in engine.score_all([asked("refuse", in_full=False), short]))
+    assert found == ["short"]
+
+
+def test_prompt_that_may_be_cut_leaves_room_for_a_completion(engine: VLLMEngine, folders: dict[str, Path]) -> None:
+    engine.use(model(folders["one"]))
+    long = Request(key="long", messages=({"role": "user", "content": "one more word " * 200},), seed=0, cut_prompt=True)
+    (drawn,) = engine.sample([long], GREEDY)
+    assert (drawn.prompt_tokens, drawn.completion_tokens) == (128 - 12, 12) and drawn.cut_tokens > 100
+    (whole,) = engine.sample([Request(key="w", messages=QUESTION, seed=0, cut_prompt=True)], GREEDY)
+    assert whole.cut_tokens == 0
+
+
+def test_messages_that_the_template_does_not_take_fail_alone(engine: VLLMEngine, folders: dict[str, Path]) -> None:
+    refusing = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system role') }}{% endif %}" + TEMPLATE
+    engine.use(model(folders["one"], template=refusing))
+    told = "'s': the chat template does not take its messages .no system role"
+    system = ({"role": "system", "content": "Be brief."}, *QUESTION)
+    drawn: list[Completion] = []
+    with pytest.raises(EngineConfigurationError, match=told):
+        drawn.extend(engine.sample([Request(key="s", messages=system, seed=0), *requests(2)], GREEDY))
+    assert len(drawn) == 2
+    with pytest.raises(EngineConfigurationError, match=told):
+        list(engine.score_all([ScoreRequest(key="s", messages=system, continuation="19")]))

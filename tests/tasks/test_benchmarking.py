@@ -1,18 +1,26 @@
 """Benchmarks as steps, on the fake engine: lm-eval itself builds, reads and scores."""
 
 import json
-import sys
+import re
 from pathlib import Path
 
 import pytest
 
 from models import harness
+from models.ifeval_libraries import STAND_IN, BenchmarkError, prepare_ifeval
 from models.specs import Fake, ModelRef, PromptTemplate
 from storage.benchmark_files import local_splits
 from storage.datasets import read_rows
 from storage.rows import BenchmarkMetric, BenchmarkSample
-from tasks.benchmarking import answer_benchmark, evaluate_benchmark, evaluate_benchmarks, material_of
+from tasks.benchmarking import (
+    answer_benchmark,
+    benchmark_faults,
+    evaluate_benchmark,
+    evaluate_benchmarks,
+    material_of,
+)
 from tasks.benchmarks import KNOWN, Benchmark, Benchmarks
+from tasks.planning import planning
 from tests.benchmark_documents import write_documents
 
 pytestmark = pytest.mark.flow  # lm-eval takes seconds to import
@@ -25,6 +33,7 @@ SPOKEN = PromptTemplate(system="Be brief.", user="Say: $prompt")
 def documents(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     root = write_documents(tmp_path / "documents")
     monkeypatch.setenv("RATCHET_DATA", str(root))
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")  # nothing is downloaded here, neither documents nor NLTK's model
     return root
 
 
@@ -93,7 +102,9 @@ def test_all_four_accuracies_of_ifeval_are_figured_and_a_missing_sentence_model_
     # and 4 of 6 instructions.
     assert metrics["prompt_level_strict_acc"].value == 2 / 4
     assert metrics["inst_level_strict_acc"].value == pytest.approx(4 / 6)
-    assert ("punkt_tab" in metrics["inst_level_strict_acc"].note) is (harness.prepare_ifeval([]) == harness.STAND_IN)
+    assert ("punkt_tab" in metrics["inst_level_strict_acc"].note) is (
+        prepare_ifeval([], may_download=False) == STAND_IN
+    )
 
 
 def test_an_answered_benchmark_is_not_answered_again() -> None:
@@ -116,32 +127,46 @@ def test_documents_that_are_nowhere_are_asked_for_by_name(documents: Path, monke
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.setenv("RATCHET_DATA", str(documents / "elsewhere"))
     wanted = r"'winogrande' are neither on this machine.*<RATCHET_DATA>/winogrande/winogrande_xl/<split>\.jsonl"
-    with pytest.raises(harness.BenchmarkError, match=wanted):
+    with pytest.raises(BenchmarkError, match=wanted):
         answered(Benchmark(task="winogrande"))
 
 
 def test_a_split_that_is_missing_is_named(documents: Path) -> None:
     (documents / "gsm8k" / "train.jsonl").unlink()
     assert len(answered(Benchmark(task="gsm8k", shots=0, limit=2))) == 4  # two filters
-    with pytest.raises(harness.BenchmarkError, match=r"needs the split 'train'.*there are: test; put train\.jsonl"):
+    with pytest.raises(BenchmarkError, match=r"needs the split 'train'.*there are: test; put train\.jsonl"):
         answered(Benchmark(task="gsm8k", shots=2, limit=2))
 
 
 def test_a_document_of_another_form_is_refused(documents: Path) -> None:
     file = documents / "truthful_qa" / "multiple_choice" / "validation.jsonl"
     file.write_text(json.dumps({"question": "What?", "mc1_targets": {"labels": [1]}}) + "\n")
-    with pytest.raises(
-        harness.BenchmarkError, match="'truthfulqa_mc1': a document is not as the hub's data set has it"
-    ):
+    with pytest.raises(BenchmarkError, match="'truthfulqa_mc1': a document is not as the hub's data set has it"):
         answered(Benchmark(task="truthfulqa_mc1"))
 
 
-def test_lm_eval_that_is_not_installed_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "langdetect", None)
-    with pytest.raises(
-        harness.BenchmarkError, match=r"IFEval needs langdetect.*pip install 'ratchet-lm\[evaluation\]'"
-    ):
-        harness.prepare_ifeval([])
+def test_a_library_that_is_not_installed_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name == "langdetect" else name)
+    wanted = r"IFEval needs langdetect.*pip install 'ratchet-lm\[evaluation\]'"
+    with pytest.raises(BenchmarkError, match=wanted):
+        prepare_ifeval([], may_download=False)
+    (fault,) = benchmark_faults(Benchmarks(tasks=(Benchmark(task="ifeval"),)))
+    assert re.match(wanted, fault)
+
+
+def test_faults_are_found_before_anything_is_run(documents: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def faults(**settings: object) -> list[str]:
+        return benchmark_faults(Benchmarks(tasks=(Benchmark.model_validate(settings),)))
+
+    assert faults(task="gsm8k") == []
+    (documents / "gsm8k" / "train.jsonl").unlink()
+    assert faults(task="gsm8k", shots=0) == []
+    assert "without its split train (there are: test)" in faults(task="gsm8k")[0]
+    monkeypatch.setenv("RATCHET_DATA", str(documents / "elsewhere"))
+    monkeypatch.delenv("HF_HUB_OFFLINE")
+    assert faults(task="hellaswag") == []  # the hub's
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    assert "put its splits validation, train at <RATCHET_DATA>/hellaswag/<split>.jsonl" in faults(task="hellaswag")[0]
 
 
 def test_files_are_found_by_the_whole_id_and_as_the_hub_names_them(documents: Path) -> None:
@@ -150,3 +175,14 @@ def test_files_are_found_by_the_whole_id_and_as_the_hub_names_them(documents: Pa
     (folder / "validation-00000-of-00001.parquet").touch()
     found = local_splits("Rowan/hellaswag", None, config_optional=True)
     assert found == {"validation": folder / "validation-00000-of-00001.parquet"}
+
+
+def test_a_plan_counts_the_benchmarks_and_runs_none() -> None:
+    benchmarks = Benchmarks(tasks=(Benchmark(task="gsm8k", shots=0), Benchmark(task="winogrande", shots=0)))
+    with planning() as planned:
+        evaluate_benchmarks(POLICY, SPOKEN, benchmarks, Fake())
+    assert [(one.step, one.cached) for one in planned] == [
+        ("answer_benchmark", False),
+        ("answer_benchmark", False),
+        ("summarise_benchmarks", False),
+    ]

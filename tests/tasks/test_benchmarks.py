@@ -1,10 +1,12 @@
 """Figures of benchmarks, worked out by hand."""
 
+from typing import Any
+
 import pytest
 from pydantic import ValidationError
 
 from storage.rows import BenchmarkSample
-from tasks.benchmarks import KNOWN, Benchmark, Benchmarks, figures, weighted_mean
+from tasks.benchmarks import KNOWN, Benchmark, Benchmarks, changes, figures, weighted_mean
 
 
 def sample(
@@ -101,3 +103,24 @@ def test_shots_of_a_benchmark_that_fixes_them_are_refused() -> None:
 def test_a_benchmark_named_twice_is_refused() -> None:
     with pytest.raises(ValidationError, match="gsm8k stands there more than once"):
         Benchmarks(tasks=(Benchmark(task="gsm8k"), Benchmark(task="gsm8k", limit=3)))
+
+
+def test_a_drop_is_seen_with_its_paired_interval() -> None:
+    base = [sample({"acc": 1.0}, document=n) for n in range(100)]
+    candidate = [sample({"acc": float(n >= 12)}, document=n) for n in range(100)]
+    (change,) = changes(candidate, base)
+    assert (change.difference, change.n) == (pytest.approx(-0.12), 100)
+    assert -0.20 < change.low < -0.12 < change.high < -0.04  # 12 of 100 lost: -0.12, standard error 0.032
+
+
+def test_a_change_counts_instructions_not_prompts() -> None:
+    base = [sample({"inst": 1.0}, weights=[1]), sample({"inst": 0.0}, weights=[3], document=1)]
+    candidate = [sample({"inst": 0.0}, weights=[1]), sample({"inst": 1.0}, weights=[3], document=1)]
+    (change,) = changes(candidate, base)
+    assert change.difference == pytest.approx((3 - 1) / 4)
+
+
+@pytest.mark.parametrize("other", [{"shots": 0}, {"roles": ["plain"]}, {"document": 9}, {"filter": "strict-match"}])
+def test_figures_of_other_documents_or_shots_are_not_compared(other: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match="of 1 and 1 answers 0 are alike"):
+        changes([sample({"acc": 1.0}, **other)], [sample({"acc": 1.0})])

@@ -10,6 +10,7 @@ from tasks.calibrations import (
     Verdict,
     accuracy_at_half,
     auroc,
+    auroc_within_prompts,
     calibration,
     expected_calibration_error,
     judge_faults,
@@ -24,6 +25,23 @@ def test_auroc_counts_the_pairs_that_are_in_order_and_ties_half() -> None:
     assert auroc([True, False], [0.5, 0.5]) == 0.5
     assert auroc([False, True], [0.9, 0.1]) == 0.0
     assert auroc([True, True], [0.9, 0.1]) is None
+
+
+def test_auroc_within_prompts_does_not_reward_telling_easy_prompts_from_hard_ones() -> None:
+    # easy: right 0.9 and 0.8, wrong 0.85: one of two pairs in order; hard: right 0.1, wrong 0.1 and 0.05: 1.5 of two
+    easy = [(True, 0.9), (True, 0.8), (False, 0.85)]
+    hard = [(True, 0.1), (False, 0.1), (False, 0.05)]
+    known = [
+        Verdict(prompt_id=name, correct=right, confidence=sure)
+        for name, rows in (("easy", easy), ("hard", hard))
+        for right, sure in rows
+    ]
+    assert auroc_within_prompts(known) == pytest.approx(2.5 / 4)
+    assert auroc_within_prompts(known[:2]) is None  # nothing wrong
+    rows = {(row.group, row.name): row for row in calibration(known, "j", "own")}
+    assert rows["all", "auroc within prompts"].value == pytest.approx(2.5 / 4)
+    assert rows["all", "auroc within prompts"].low == pytest.approx(0.5)  # only easy was drawn
+    assert rows["all", "auroc within prompts"].high == pytest.approx(0.75)  # only hard was
 
 
 def test_the_calibration_error_weighs_each_bins_gap_by_its_rollouts() -> None:

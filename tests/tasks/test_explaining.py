@@ -112,7 +112,11 @@ def test_a_failed_run_says_why_it_failed(smoke: Experiment) -> None:
     with suppress(RuntimeError):
         again("base.name=fake:0.0")  # never right, so that there is nothing to train on
     (one,) = explain("select_demonstrations")
-    assert one.verdict == "unknown" and "it failed: step 'select_demonstrations' kept 0 of 160" in one.told
+    assert [(change.part, change.new_from) for change in one.changes] == [
+        ("scored", "score_answers, iteration 1, 160 rows")
+    ]
+    assert [(cause.part, cause.old, cause.new) for cause in one.causes] == [("policy.name", "fake:0.4", "fake:0.0")]
+    assert one.verdict == "changed" and "it failed: step 'select_demonstrations' kept 0 of 160" in one.told
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """Judging as steps, on the fake engine."""
 
+import json
 import re
 from collections.abc import Callable
 from dataclasses import replace
@@ -11,6 +12,7 @@ import pytest
 from models.specs import Fake, ModelRef, OpenAI, PromptTemplate, Sampling
 from storage.arithmetic import Arithmetic
 from storage.datasets import DatasetRef, read_rows, write_rows
+from storage.experiments import StepRecord
 from storage.hub import Source
 from storage.rows import Calibration, Demonstration, JudgedRollout, Prompt, Rollout, ScoredRollout
 from tasks import judging
@@ -19,11 +21,12 @@ from tasks.calibrations import JudgeGate
 from tasks.evaluating import evaluate_answers
 from tasks.judgements import Asking, Judge
 from tasks.judging import JudgeError, check_labels, judge_rollouts
-from tasks.labelling import hide_answers, label_by_confidence, pair_by_confidence
+from tasks.labelling import NothingPaired, hide_answers, label_by_confidence, pair_by_confidence
 from tasks.labels import LabelFree
 from tasks.loading import load_prompts
 from tasks.mixing import load_both_tasks, mix_tasks
 from tasks.mixtures import ClassMissing, Mixture
+from tasks.recording import Progress, listening
 from tasks.sampling import sample_rollouts
 from tasks.scoring import score_answers
 from tasks.selecting import select_demonstrations
@@ -59,6 +62,20 @@ def test_every_rollout_is_judged_in_order_and_its_confidence_kept() -> None:
     assert all(row.confidence is not None and row.judge == POLICY.identity for row in rows)
     keys = [(row.prompt_id, row.rollout_index) for row in rows]
     assert keys == [(row.prompt_id, row.rollout_index) for row in read_rows(score(drawn), ScoredRollout)]
+
+
+def test_judging_tells_how_far_it_is() -> None:
+    drawn, told = rollouts(), list[Progress]()
+
+    def listen(event: StepRecord | Progress) -> None:
+        if isinstance(event, Progress) and event.step == "judge_rollouts":
+            told.append(event)
+
+    with listening(listen):
+        judge_rollouts(POLICY, drawn, ASKING, Fake())
+    assert {event.total for event in told} == {160}
+    assert [event.done for event in told] == sorted(event.done for event in told)
+    assert told[-1].done == 160
 
 
 def test_shards_that_are_done_are_not_judged_again(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -202,3 +219,39 @@ def test_an_endpoint_that_tells_of_no_label_is_refused_before_anything_is_judged
         pytest.raises(JudgeError, match=r"found: 'Cor', 'Inc'\. Choose labels that are one token each"),
     ):
         check_labels(ModelRef(name="m"), ASKING, OpenAI(endpoints=(server.url,), scoring="top_logprobs"))
+
+
+def test_labels_that_share_their_first_token_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A server whose tokens are of four letters: Valid and Valium both begin with Vali."""
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+
+    def answer(number: int, body: dict[str, Any]) -> Reply:
+        last = body["messages"][-1]
+        label = last["content"] if last["role"] == "assistant" else ""
+        tokens = [label[at : at + 4] for at in range(0, len(label), 4)]
+        places = [None, {"prompt": {"logprob": -1.0}}, *({token: {"logprob": -len(token) / 8}} for token in tokens)]
+        choice = {"message": {"content": "x"}, "finish_reason": "length"}
+        return 200, {}, json.dumps({"choices": [choice], "prompt_logprobs": places}).encode()
+
+    judge = Judge(positive="Valid", negative="Valium", label_tokens="one")
+    asking = ASKING.model_copy(update={"judge": judge})
+    with serving(answer) as server, pytest.raises(JudgeError) as caught:
+        check_labels(ModelRef(name="m"), asking, OpenAI(endpoints=(server.url,)))
+    assert "the labels take so many tokens: 'Valid' 2, 'Valium' 2" in str(caught.value)
+    assert "'Valid' and 'Valium' share their first token" in str(caught.value)
+    assert "choose labels that begin differently" in str(caught.value)
+
+
+def test_where_no_prompt_gives_a_pair_the_reasons_are_counted() -> None:
+    verdicts = judge_rollouts(POLICY, rollouts(hide_answers(load_prompts(SUMS, ()))), ASKING, Fake())
+    labelled = label_by_confidence(verdicts, LabelFree(minimum_votes=2))
+    with pytest.raises(NothingPaired, match=r"made no pair of 20 prompts \(.*pair below minimum_margin \d+.*now 1\)"):
+        pair_by_confidence(labelled, verdicts, 1.0, 5)
+
+
+def test_a_judge_that_nothing_is_known_of_is_told() -> None:
+    drawn = rollouts()
+    unread = score_answers(drawn, load_prompts(SUMS, ()), "no such marker")
+    verdicts = judge_rollouts(POLICY, drawn, ASKING, Fake())
+    with pytest.raises(JudgeError, match="not one of 160 rollouts of the dev split was decided both by"):
+        calibrate((unread,), (verdicts,), ("own",))

@@ -6,10 +6,17 @@ from collections import Counter
 import pytest
 
 from storage.rows import ScoredRollout
-from tasks.omissions import OTHER_RULES, why_not_paired, why_not_selected
+from tasks.omissions import (
+    NOT_SCORED,
+    OTHER_RULES,
+    why_not_a_judge_row,
+    why_not_paired,
+    why_not_paired_by_confidence,
+    why_not_selected,
+)
 from tasks.pairs import Pairing, pair_rollouts
 from tasks.selection import Selection, select_demonstrations
-from tests.tasks.builders import scored
+from tests.tasks.builders import both, scored
 
 
 def rollouts(seed: int) -> list[ScoredRollout]:
@@ -70,6 +77,31 @@ def test_a_rollout_that_is_in_no_pair_has_the_reason_of_its_own(index: int, reas
 
 def test_a_prompt_without_the_other_side_is_told() -> None:
     assert why_not_paired(0, [scored(0), scored(1)], Pairing().key()) == "prompt without a rejected"
+
+
+def test_a_rollout_that_teaches_no_judging_has_a_reason() -> None:
+    rows = [scored(0), scored(1, None), scored(2, 0.0)]
+    assert why_not_a_judge_row(1, rows) == "no judge row: undecided, no final answer"
+    assert why_not_a_judge_row(2, rows).startswith("no judge row: over the balance of right and wrong")
+    assert why_not_a_judge_row(9, rows) == NOT_SCORED
+
+
+@pytest.mark.parametrize(
+    ("index", "minimum_margin", "reason"),
+    [
+        pytest.param(1, 0.1, "between the most and the least confident", id="between"),
+        pytest.param(1, 0.9, "pair below minimum_margin", id="margin"),
+        pytest.param(3, 0.1, "undecided: no final answer", id="undecided"),
+        pytest.param(9, 0.1, NOT_SCORED, id="not there"),
+    ],
+)
+def test_a_rollout_outside_of_the_pair_by_confidence_has_a_reason(
+    index: int, minimum_margin: float, reason: str
+) -> None:
+    both_sides = [both("7", 1.0, 0.9, 0), both("7", 1.0, 0.8, 1), both("8", 0.0, 0.2, 2), both(None, None, 0.5, 3)]
+    scores, verdicts = [score for score, _ in both_sides], [verdict for _, verdict in both_sides]
+    settings = {"rule": "confidence", "minimum_margin": minimum_margin}
+    assert why_not_paired_by_confidence(index, scores, verdicts, settings) == reason
 
 
 def test_settings_of_another_version_still_tell_what_the_row_alone_tells() -> None:

@@ -13,7 +13,8 @@ from storage.experiments import Experiment
 from storage.home import home
 from storage.ledger import Ledger
 from storage.rows import Demonstration, Pair, Prompt, Rollout, ScoredRollout
-from tasks.tracing import ExperimentTrace, trace
+from tasks.traces import ExperimentTrace
+from tasks.tracing import trace
 from tests.flows.builders import run_plainly
 
 pytestmark = pytest.mark.flow  # whole runs on the fake engine
