@@ -21,7 +21,7 @@ from flows.console import HomeOption, JsonOption, err, fail, out, print_json, us
 from flows.presets import PresetError
 from flows.recipes import Recipe
 from flows.server import ServerError, announced, importing_prefect, private_server, private_worker, served_address
-from flows.terminal import Lines, iteration_tables, plan_table, published_table
+from flows.terminal import Lines, iteration_tables, plan_table, published_table, yield_table
 from storage.experiments import Experiment
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__)
@@ -40,18 +40,26 @@ def run(
     no_prefect_server: Annotated[
         bool, typer.Option(help="run without Prefect: nothing to watch, same results")
     ] = False,
+    allow_unsandboxed: Annotated[
+        bool, typer.Option("--allow-unsandboxed", help="let generated verifiers run where no sandbox can be had")
+    ] = False,
     advance: Annotated[
         bool, typer.Option("--advance", help="end after the first iteration that has something to do")
     ] = False,
 ) -> None:
     """Run an experiment, or continue it: what is done already is reused."""
     use_home(home_)
+    if allow_unsandboxed:
+        from tasks.sandbox import isolation
+
+        isolation(allow_unsandboxed=True)  # of this process, whatever the preset says; rows tell what they ran in
     recipe = _checked(preset, set_)
     from tasks.recording import listening
     from tasks.serving import close_engines, stop, stopping
 
     stopping.clear()
     again = _command(preset, set_, home_)
+    again += " --allow-unsandboxed" if allow_unsandboxed else ""
     plain = f"{again} --no-prefect-server"
     go_on = plain if no_prefect_server else again
     experiment = Experiment(recipe.config.experiment)
@@ -71,12 +79,15 @@ def run(
             stopping.set()
             close_engines()
     from tasks.tables import published_rows
+    from tasks.yields import yields
 
     records = experiment.iterations()
     for table in iteration_tables(records):
         out.print(table)
     if figures := published_rows(experiment.config(), records):
         out.print(published_table(figures))
+    if found := yields(experiment.config(), experiment.steps(run=experiment.state().run)):
+        out.print(yield_table(found))
     out.print(f"Report: {experiment.folder / 'report.html'}", soft_wrap=True)
 
 

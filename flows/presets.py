@@ -12,6 +12,7 @@ BRANCHES = {
     "vllm",
     "openai",
     "fake",
+    "scripted",
     "tiny",
     "judging",
     "model",

@@ -12,8 +12,9 @@ RECIPES = {
     "rest_em": ("flows.rest_em", "RestEM", "rest_em"),
     "generator_evaluator": ("flows.generator_evaluator", "GeneratorEvaluator", "generator_evaluator"),
     "spin": ("flows.spin", "Spin", "spin"),
+    "autoif": ("flows.autoif", "AutoIF", "autoif"),
 }
-COMING = ("autoif", "instruct_tuning")
+COMING = ("instruct_tuning",)
 
 
 class Recipe:

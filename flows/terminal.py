@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from tasks.planning import PlannedStep
     from tasks.recording import Progress as RowProgress
     from tasks.tables import PublishedFigure
+    from tasks.yields import YieldTable
 
 PLAIN_SECONDS = 10.0  # between two progress lines where there is no bar
 
@@ -65,7 +66,8 @@ class Lines:
         if record.step.startswith(("gather_", "answer_")) and self._task is not None:
             self._bar.remove_task(self._task)
             self._task = None
-        where = f"{'' if record.iteration is None else f'it{record.iteration}':<4}{record.split or '':<5}"
+        split = f"{record.split} " if record.split else ""
+        where = f"{'' if record.iteration is None else f'it{record.iteration}':<4}{split:<5}"
         name = record.step + (f" shard {record.shard}" if record.shard is not None else "")
         self._console.print(f"{where}{name:<22}{_how(record)}", markup=False, style=_style(record))
 
@@ -135,6 +137,17 @@ def published_table(rows: "Sequence[PublishedFigure]") -> Table:
     return table
 
 
+def yield_table(found: "YieldTable") -> Table:
+    """Rows left after each stage, ours and the published ones."""
+    table = Table(title="From queries to pairs", title_justify="left")
+    table.add_column("stage")
+    for heading in ("ours", *found.columns):
+        table.add_column(heading, justify="right")
+    for row in found.rows:
+        table.add_row(row.stage, *map(_yield, (row.ours, *row.published)))
+    return table
+
+
 def plan_table(planned: "Sequence[PlannedStep]") -> Table:
     """Each step that a run would take: cached, or to be done and why."""
     table = Table(
@@ -185,6 +198,10 @@ def _funnel_table(records: Sequence[IterationRecord]) -> Table:
     for record in records:
         table.add_row(record.label, *(f"{record.funnel[s]:,}" if s in record.funnel else "-" for s in stages))
     return table
+
+
+def _yield(count: float | None) -> str:
+    return "-" if count is None else f"{count:,.0f}" if count == int(count) else f"{count:.2f}"
 
 
 def _optional(number: int | None) -> str:

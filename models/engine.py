@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, Protocol, Self
 
-from models.specs import VLLM, EngineSettings, ModelRef, OpenAI, Sampling
+from models.specs import VLLM, EngineSettings, ModelRef, OpenAI, Sampling, Scripted
 
 Message = dict[str, str]  # {"role": ..., "content": ...}
 PLAIN = "plain"  # the role of a single message that is put to the model as it is, without a chat template
@@ -170,6 +170,10 @@ def _engine_of(settings: EngineSettings) -> Engine:
         from models.openai_engine import OpenAIEngine
 
         return OpenAIEngine(settings)
+    if isinstance(settings, Scripted):
+        from models.scripted_engine import ScriptedEngine
+
+        return ScriptedEngine()
     from models.fake_engine import FakeEngine
 
     return FakeEngine(settings)

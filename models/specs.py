@@ -152,7 +152,13 @@ class Fake(Settings):
     fail_prompts: tuple[str, ...] = ()  # a prompt that contains one of these brings the engine down
 
 
-EngineSettings = Annotated[VLLM | OpenAI | Fake, Field(discriminator="kind")]
+class Scripted(Settings):
+    """An engine that answers from a script, the file that its model names (models/scripted_engine.py)."""
+
+    kind: Literal["scripted"] = "scripted"
+
+
+EngineSettings = Annotated[VLLM | OpenAI | Fake | Scripted, Field(discriminator="kind")]
 
 
 class LoRA(Settings):

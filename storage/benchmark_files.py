@@ -5,9 +5,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from storage.hub import file_records
-
-SPLIT_NAMES = {"input_data": "train"}  # google-research's own file name for the IFEval prompts
+from storage.hub import SPLIT_NAMES, file_records
 
 
 def local_splits(hub: str, config: str | None, *, config_optional: bool) -> dict[str, Path]:

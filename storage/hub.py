@@ -1,7 +1,8 @@
 """Where rows come from: a hub data set, a JSONL or Parquet file, or the built-in problems. One shape comes out.
 
 Before a hub is asked, the folder named by RATCHET_DATA is searched for `<id>/<split>.jsonl` or `.parquet`, with the
-whole id ("openai/gsm8k") and with its last part ("gsm8k"), so that a machine without a network can hold what it needs.
+whole id ("openai/gsm8k") and with its last part ("gsm8k"), also in lower case, so that a machine without a network can
+hold what it needs.
 """
 
 import json
@@ -19,7 +20,10 @@ from pydantic import BaseModel, ConfigDict, Field, JsonValue, model_validator
 
 from storage.arithmetic import Arithmetic, make_problems
 from storage.digests import file_sha256
+from storage.formats import Formats, make_formatted
 
+SPLIT_NAMES = {"input_data": "train"}  # google-research's own file name for the IFEval prompts
+PLACES = ("hub", "path", "arithmetic", "formats")
 _ANNOTATION = re.compile(r"<<[^<>\n]*>>")  # GSM8K's calculator notes: "48/2 = <<48/2=24>>24"
 
 
@@ -58,7 +62,7 @@ class RowRange(Section):
 
 
 class Source(Section):
-    """Where rows come from: exactly one of `hub`, `path` and `arithmetic`; then which rows and columns of it."""
+    """Where rows come from: exactly one of `hub`, `path` and the built-in ones; then which rows and columns of it."""
 
     hub: str | None = None  # data set id, for instance "openai/gsm8k"
     config: str | None = None
@@ -66,6 +70,7 @@ class Source(Section):
     revision: str | None = None  # commit of the data set; None: unpinned
     path: str | None = None  # JSONL or Parquet, relative to the current directory
     arithmetic: Arithmetic | None = None
+    formats: Formats | None = None
     columns: Columns = Columns()
     answer_after: str | None = Field(default=None, min_length=1)  # the answer is what follows this, its last occurrence
     strip_annotations: bool = True  # remove <<...>> from completions
@@ -75,14 +80,14 @@ class Source(Section):
 
     @model_validator(mode="after")
     def _names_one_place(self) -> Self:
-        named = [name for name in ("hub", "path", "arithmetic") if getattr(self, name) is not None]
+        named = [name for name in PLACES if getattr(self, name) is not None]
         if len(named) != 1:
-            raise ValueError(f"a source names exactly one of hub, path and arithmetic; found {named or 'none of them'}")
+            raise ValueError(f"a source names exactly one of {', '.join(PLACES)}; found {named or 'none of them'}")
         foreign = self.model_fields_set & {"config", "split", "revision"}
         if foreign and self.hub is None:
             raise ValueError(f"{sorted(foreign)} belong to a hub source, this one is {named[0]!r}; remove them")
-        if self.arithmetic is not None and self.model_fields_set & {"columns", "answer_after"}:
-            raise ValueError("columns and answer_after do not apply to arithmetic problems; remove them")
+        if named[0] in ("arithmetic", "formats") and self.model_fields_set & {"columns", "answer_after"}:
+            raise ValueError(f"columns and answer_after do not apply to {named[0]} problems; remove them")
         if self.answer_after is not None and self.columns.answer is None:
             raise ValueError(
                 f"answer_after is {self.answer_after!r} but columns.answer is null; name the column it is in"
@@ -121,6 +126,8 @@ def source_name(source: Source) -> str:
         return ":".join(part for part in (source.hub, source.config, source.split) if part)
     if source.path is not None:
         return Path(source.path).name
+    if source.formats is not None:
+        return f"formats:{source.formats.split}"
     assert source.arithmetic is not None  # _names_one_place
     return f"arithmetic:{source.arithmetic.kind}:{source.arithmetic.split}"
 
@@ -133,11 +140,13 @@ def source_key(source: Source) -> dict[str, JsonValue]:
     place: dict[str, JsonValue] = {}
     if source.arithmetic is not None:
         place["arithmetic"] = source.arithmetic.model_dump(mode="json")
+    elif source.formats is not None:
+        place["formats"] = source.formats.model_dump(mode="json")
     elif (file := _local_file(source)) is not None:
         place["file"] = file_sha256(file)
     else:
         place = {"hub": source.hub, "config": source.config, "split": source.split, "revision": source.revision}
-    places = {"hub", "config", "split", "revision", "path", "arithmetic"}
+    places = {"config", "split", "revision", *PLACES}
     return {"name": source_name(source), **place, **source.model_dump(mode="json", exclude=places)}
 
 
@@ -145,6 +154,10 @@ def _all_rows(source: Source) -> Iterator[SourceRow]:
     if source.arithmetic is not None:
         for line, problem in enumerate(make_problems(source.arithmetic), start=1):
             yield SourceRow(line, problem.prompt, problem.answer, problem.completion)
+        return
+    if source.formats is not None:
+        for line, formatted in enumerate(make_formatted(source.formats), start=1):
+            yield SourceRow(line, formatted.prompt, None, formatted.completion)
         return
     file = _local_file(source)
     place = str(file) if file is not None else source_name(source)
@@ -209,8 +222,10 @@ def _local_file(source: Source) -> Path | None:
     folder = os.environ.get("RATCHET_DATA")
     if source.hub is None or not folder:
         return None
-    names = [source.hub, source.hub.rpartition("/")[2]]
-    candidates = [Path(folder) / name / f"{source.split}.{kind}" for name in names for kind in ("jsonl", "parquet")]
+    last = source.hub.rpartition("/")[2]
+    stems = [source.split, *(stem for stem, name in SPLIT_NAMES.items() if name == source.split)]
+    files = [f"{stem}.{kind}" for stem in stems for kind in ("jsonl", "parquet")]
+    candidates = [Path(folder) / name / file for name in (source.hub, last, last.lower()) for file in files]
     return next((path for path in candidates if path.is_file()), None)
 
 

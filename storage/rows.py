@@ -191,6 +191,94 @@ class TrainingMetric(Row):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Instruction(Row):
+    """A demand on a completion that a program can check. Key: instruction_id."""
+
+    instruction_id: str  # hash of the instruction's text
+    instruction: str
+    query_id: str  # prompt_id of the query it was proposed for
+    query: str
+    evaluation_types: list[str]  # kinds of instructions of the evaluation that it looks like; empty: of none
+    writer: str  # identity of the supervisor
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Verifier(Row):
+    """A program that says whether a completion follows an instruction. Key: verifier_id."""
+
+    verifier_id: str  # hash of instruction and source
+    instruction_id: str
+    source: str  # Python; defines `evaluate(response)`
+    writer: str  # identity of the supervisor
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class VerifierCase(Row):
+    """A made-up response and whether it follows the instruction. Key: (instruction_id, response)."""
+
+    instruction_id: str
+    response: str
+    expected: bool
+    writer: str  # identity of the supervisor
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CheckedVerifier(Row):
+    """A verifier after the cross-check with the cases. Key: verifier_id."""
+
+    verifier_id: str
+    instruction_id: str
+    source: str
+    kept: bool
+    reason: str  # "kept", "trivial: ...", "disagrees with the cases", "instruction: ...", ...
+    agreement: float | None  # share of the first half of the cases it agrees with; None: there are none
+    held_out_agreement: float | None  # of the other half; None: as above, or it had failed before
+    cases: int  # both halves
+    isolation: str  # of the sandbox it ran in
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BackTranslation(Row):
+    """What a verifier checks in the supervisor's words, and how that fits the instruction. Key: verifier_id."""
+
+    verifier_id: str
+    instruction_id: str
+    instruction: str
+    back: str  # the instruction as read off the verifier
+    verdict: str | None  # "same", "different", "contradiction"; None: the supervisor did not say
+    reason: str  # "compared", "truncated", "no verdict", ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Instance(Row):
+    """A query with an instruction: what a completion is drawn for. Key: prompt_id."""
+
+    prompt_id: str  # hash of the prompt
+    instruction_id: str
+    query_id: str  # prompt_id of the query
+    prompt: str  # query and instruction, as trained on and evaluated with
+    query: str
+    instruction: str
+    split: str  # "train", "dev" or "test"; an instruction is in one of them only
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Verification(Row):
+    """One verifier's word on one completion; of equal completions, on the first.
+
+    Key: (prompt_id, rollout_index, verifier_id).
+    """
+
+    prompt_id: str
+    rollout_index: int
+    verifier_id: str
+    outcome: str  # "passed", "failed"; no verdict: "error", "timeout", "memory", "forbidden", "invalid"
+    detail: str
+    shown: bool  # a verifier's source stood in the prompt when the completion was drawn
+    isolation: str  # of the sandbox
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class BenchmarkSample(Row):
     """What a policy answered to one document of a benchmark. Key: (policy, benchmark, task, filter, document)."""
 

@@ -3,14 +3,25 @@
 import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol, TypeVar
+from typing import Any, NamedTuple, Protocol, TypeVar, runtime_checkable
 
 from pydantic import BaseModel
 
 from models.chat import load_tokenizer, messages_of, render_text, template_only
 from models.engine import EngineConfigurationError
 from models.fake_engine import fake_skill
-from models.specs import VLLM, EngineSettings, Fake, ModelRef, OpenAI, Optimization, PromptTemplate, Sampling
+from models.scripted_engine import read_script
+from models.specs import (
+    VLLM,
+    EngineSettings,
+    Fake,
+    ModelRef,
+    OpenAI,
+    Optimization,
+    PromptTemplate,
+    Sampling,
+    Scripted,
+)
 from storage.home import home
 from storage.hub import Source
 from tasks.benchmarking import benchmark_faults
@@ -46,6 +57,20 @@ class Checkable(Protocol):
         """Each way a model is prompted, by a label; None: a model of ours, with the tiny chat template."""
 
 
+@runtime_checkable
+class ChecksItself(Protocol):
+    """A config with more than one engine, and faults of its own."""
+
+    def engine_of(self, name: str) -> EngineSettings:
+        """The engine that the setting of this dotted name is for."""
+
+    def first_prompt(self) -> str:
+        """The first prompt as it is put to its models."""
+
+    def faults(self) -> list[str]:
+        """Every fault, in words, that only this recipe can have."""
+
+
 class Splits(Protocol):
     """A recipe's config, as far as its three sources of prompts go."""
 
@@ -76,15 +101,21 @@ def faults(config: Checkable) -> list[str]:
     """Every fault of the experiment, in words; empty when it can be run."""
     found = list(_home_faults())
     found += _source_faults(config)
-    found += [fault for name, model in _parts(config, ModelRef) for fault in _model_faults(name, model, config)]
+    for name, model in _parts(config, ModelRef):
+        found += _model_faults(name, model, _engine_of(config, name))
+    if isinstance(config, ChecksItself):
+        found += config.faults()
     if isinstance(config.engine, OpenAI):
         found.append(
             "engine.kind is 'openai', but an endpoint cannot serve the policies that are trained here; use 'vllm' "
             "(endpoints serve judges and supervisors)"
         )
-    if isinstance(config.engine, VLLM):
-        limit = config.engine.max_model_len
-        found += [fault for name, one in _parts(config, Sampling) for fault in _length_faults(name, one, limit)]
+    if isinstance(config.engine, Scripted):
+        found.append("engine.kind is 'scripted', but a script cannot be trained; it can serve as a supervisor")
+    for name, sampling in _parts(config, Sampling):
+        engine = _engine_of(config, name)
+        if isinstance(engine, VLLM):
+            found += _length_faults(name, sampling, engine.max_model_len)
     found += [fault for name, one in _parts(config, Optimization) for fault in _training_faults(name, one)]
     found += [fault for _, one in _parts(config, Benchmarks) for fault in benchmark_faults(one)]
     return found
@@ -92,8 +123,10 @@ def faults(config: Checkable) -> list[str]:
 
 def first_prompts(config: Checkable) -> dict[str, str]:
     """The first training prompt as the engine will get it, for each way the experiment prompts a model."""
-    source = config.reads()[0].source
-    prompt = next(iter(prompts_of(source))).prompt
+    if isinstance(config, ChecksItself):
+        prompt = config.first_prompt()
+    else:
+        prompt = next(iter(prompts_of(config.reads()[0].source))).prompt
     return {label: _rendered(ref, template, prompt) for label, (ref, template) in config.templates().items()}
 
 
@@ -155,11 +188,21 @@ def _row_faults(read: Read, marker: str, owners: dict[str, str]) -> Iterator[str
         yield f"{read.name}: the source has no rows; see {read.name}.rows and {read.name}.limit"
 
 
-def _model_faults(name: str, ref: ModelRef, config: Checkable) -> Iterator[str]:
+def _engine_of(config: Checkable, name: str) -> EngineSettings:
+    return config.engine_of(name) if isinstance(config, ChecksItself) else config.engine
+
+
+def _model_faults(name: str, ref: ModelRef, engine: EngineSettings) -> Iterator[str]:
+    if isinstance(engine, Scripted):
+        try:
+            read_script(ref.name)
+        except EngineConfigurationError as error:
+            yield f"{name}.name: {error}"
+        return
     fake = ref.name.startswith("fake:")
-    if fake != isinstance(config.engine, Fake):
+    if fake != isinstance(engine, Fake):
         rule = "only a fake engine can serve it" if fake else "a fake engine serves names like 'fake:0.4' only"
-        yield f"{name}.name is {ref.name!r} with engine.kind {config.engine.kind!r}; {rule}"
+        yield f"{name}.name is {ref.name!r} with engine.kind {engine.kind!r}; {rule}"
     if fake:
         try:
             fake_skill(ref.name)

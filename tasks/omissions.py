@@ -58,7 +58,7 @@ def why_not_paired(index: int, scored: Sequence[ScoredRollout], settings: Mappin
     if own is None:
         return NOT_SCORED
     try:
-        uncapped = Pairing.model_validate({**settings, "max_per_prompt": _NO_CAP})
+        uncapped = Pairing.model_validate({**settings, "max_per_prompt": _NO_CAP, "max_loop": None})
     except ValidationError:  # of a version with other settings
         return f"undecided: {own.reason}" if own.reward is None else OTHER_RULES
     alone = [reason for reason in pair_rollouts([own], uncapped, 0).drops if not reason.startswith("prompt without")]
@@ -69,7 +69,7 @@ def why_not_paired(index: int, scored: Sequence[ScoredRollout], settings: Mappin
         return missing[0]
     used = _sides(together)
     if index in used:
-        return "over max_per_prompt"
+        return "over max_per_prompt" + (" or max_loop" if settings.get("max_loop") is not None else "")
     twins = [
         row.rollout_index
         for row in scored

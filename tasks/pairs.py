@@ -18,9 +18,10 @@ from tasks.selection import same_text
 class Pairing(Settings):
     """How pairs are put together.
 
-    `zip` walks the longer side once and repeats the shorter one (AutoIF, METHODS 5.4). `walk` goes round both sides in
-    step until it has `max_per_prompt` different pairs, 10 in Iterative RPO (METHODS 2.7). `best_worst` makes one pair
-    of the two ends and needs no thresholds. Thresholds are AutoIF's: METHODS 5.2, chosen >= 0.5, rejected == 0.
+    `zip` walks the longer side once and repeats the shorter one, at most `max_loop` times (AutoIF, METHODS 5.4). `walk`
+    goes round both sides in step until it has `max_per_prompt` different pairs, 10 in Iterative RPO (METHODS 2.7).
+    `best_worst` makes one pair of the two ends and needs no thresholds. Thresholds are AutoIF's: METHODS 5.2,
+    chosen >= 0.5, rejected == 0.
     """
 
     rule: Literal["zip", "best_worst", "walk"] = "zip"
@@ -28,6 +29,7 @@ class Pairing(Settings):
     rejected_maximum: float = Field(default=0.0, ge=0, lt=1)
     minimum_margin: float = Field(default=0.1, gt=0, le=1)  # chosen_reward - rejected_reward
     max_per_prompt: int = Field(default=10, ge=1)
+    max_loop: int | None = Field(default=None, ge=1)  # zip only; None: as often as the longer side needs
     seed: int = Field(default=0, ge=0)
 
     @model_validator(mode="after")
@@ -71,7 +73,11 @@ def pair_rollouts(scored: Sequence[ScoredRollout], settings: Pairing, iteration:
     if not chosen or not rejected:
         return Paired([], +drops)
     # going round in step comes back to the first pair after the least common multiple of the lengths
-    rounds = max(len(chosen), len(rejected)) if settings.rule == "zip" else lcm(len(chosen), len(rejected))
+    rounds = lcm(len(chosen), len(rejected))
+    if settings.rule == "zip":
+        shorter, longer = sorted((len(chosen), len(rejected)))
+        rounds = longer if settings.max_loop is None else min(longer, settings.max_loop * shorter)
+        drops["over max_loop"] += longer - rounds
     in_step = ((chosen[n % len(chosen)], rejected[n % len(rejected)]) for n in range(rounds))
     sound = (pair for pair in in_step if _is_sound(*pair, settings, drops))
     pairs = [_pair(*sides, settings.rule, iteration) for sides in islice(sound, settings.max_per_prompt)]

@@ -1,8 +1,10 @@
 """Contenders -> the policy that stands, and the record of each iteration."""
 
-from storage.datasets import DatasetRef
+from collections.abc import Iterable
+
+from storage.datasets import DatasetRef, read_rows
 from storage.experiments import Experiment, IterationRecord
-from storage.rows import Metric
+from storage.rows import BenchmarkMetric, Metric
 from tasks.evaluating import Contender, decide_promotion, metrics_of
 from tasks.observing import publish_iteration
 from tasks.planning import current_plan
@@ -69,6 +71,9 @@ def _record(
     if "scored" in made_from and made_from["scored"].step == "labelled":
         counts = {WITHOUT_GOLD.get(stage, stage): count for stage, count in counts.items()}
     references = {**made_from, "dev": contender.dev, "test": contender.test}
+    benchmarks = (
+        benchmark_figures(read_rows(made_from["benchmarks"], BenchmarkMetric)) if "benchmarks" in made_from else {}
+    )
     record = IterationRecord(
         run=experiment.state().run,
         iteration=number,
@@ -76,7 +81,7 @@ def _record(
         policy=contender.policy.model_dump(mode="json"),
         promoted=decision is None or decision.promoted,
         decision=None if decision is None else decision._asdict(),
-        metrics=_figures(metrics_of(contender.test, "test", 0)),
+        metrics=_figures(metrics_of(contender.test, "test", 0)) | benchmarks,
         dev_metrics=_figures(metrics_of(contender.dev, "dev", 0)),
         funnel={stage: counts[stage] for stage in FUNNEL if stage in counts},
         drops={reason: n for reason, n in counts.items() if reason not in (*FUNNEL, *NO_STAGE)},
@@ -84,6 +89,20 @@ def _record(
     )
     experiment.add_iteration(record)
     publish_iteration(experiment.name, record)
+
+
+def benchmark_figures(rows: Iterable[BenchmarkMetric]) -> dict[str, dict[str, float | int]]:
+    """The figures of whole benchmarks by name, for instance "ifeval prompt_level_strict_acc"."""
+    figures: dict[str, dict[str, float | int]] = {}
+    for row in rows:
+        if row.task == row.benchmark:
+            name = f"{row.benchmark} {row.metric}" + ("" if row.filter == "none" else f", {row.filter}")
+            figures[name] = {"value": row.value, "low": row.low, "high": row.high, "n": row.n, "k": 1}
+    if four := [figure for name, figure in figures.items() if name.startswith("ifeval ")]:
+        # the four rise and fall together: the mean of their bounds is no narrower than the interval of their mean
+        average = {part: sum(figure[part] for figure in four) / len(four) for part in ("value", "low", "high")}
+        figures["ifeval average"] = {**average, "n": four[0]["n"], "k": 1}
+    return figures
 
 
 def _counts(experiment: Experiment, number: int) -> dict[str, int]:

@@ -15,6 +15,7 @@ from storage.rows import ScoredRollout
 from tasks.observing import publish_markdown
 from tasks.planning import current_plan
 from tasks.tables import calibration_table, held_out_losses, pair_table, published_rows, training_metrics
+from tasks.yields import yields
 
 SAMPLES_OF_A_KIND = 2
 LABEL_WIDTH = 16  # characters of a policy's label in a plot, in a line
@@ -96,6 +97,7 @@ def render(experiment: Experiment) -> str:
         loss_plot=_loss_plot(iterations),
         published=published_rows(config, iterations),
         published_of=config.get("published_of"),
+        yields=yields(config, experiment.steps(run=experiment.state().run)),
         calibrations=[(record.label, table) for record in iterations if (table := calibration_table(record))],
         held_out_losses=list(held_out_losses(iterations)),
         pairs=[(record.label, told) for record in iterations if (told := pair_table(record))],

@@ -1,6 +1,7 @@
 """What every test gets: a home of its own, so that none is served another's rows, and nothing written outside of it."""
 
 import atexit
+import json
 import os
 import shutil
 import tempfile
@@ -26,6 +27,21 @@ def ratchet_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     folder = tmp_path / "ratchet-home"
     monkeypatch.setenv("RATCHET_HOME", str(folder))
     return folder
+
+
+@pytest.fixture
+def made_up_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder that holds what presets take from the hub's Anthropic/hh-rlhf and google/IFEval, made up."""
+    for split in ("train", "test"):
+        file = tmp_path / "hub" / "Anthropic" / "hh-rlhf" / f"{split}.jsonl"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        rows = ({"chosen": f"\n\nHuman: Why is {n} a number?\n\nAssistant: So.\n\nHuman: Oh."} for n in range(900))
+        file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    ifeval = tmp_path / "hub" / "google" / "IFEval" / "train.jsonl"
+    ifeval.parent.mkdir(parents=True)
+    ifeval.write_text('{"prompt": "Write a song in four lines, without any comma."}\n')
+    monkeypatch.setenv("RATCHET_DATA", str(tmp_path / "hub"))
+    return tmp_path / "hub"
 
 
 @pytest.fixture(autouse=True)

@@ -70,7 +70,9 @@ def test_a_preset_is_a_config_of_the_recipe_whose_folder_it_is_in(path: Path) ->
 
 @pytest.mark.flow
 @pytest.mark.parametrize("path", ALL_PRESETS, ids=lambda path: f"{path.parent.name}/{path.stem}")
-def test_a_preset_has_no_fault_where_its_data_is(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_preset_has_no_fault_where_its_data_is(
+    path: Path, monkeypatch: pytest.MonkeyPatch, made_up_hub: Path
+) -> None:
     if path in NEED_GSM8K:
         folder = os.environ.get("RATCHET_DATA") or str(REPOSITORY.parent / "shared" / "data")
         if not Path(folder, "gsm8k").is_dir():
@@ -78,6 +80,9 @@ def test_a_preset_has_no_fault_where_its_data_is(path: Path, monkeypatch: pytest
         monkeypatch.setenv("RATCHET_DATA", folder)
     if path in NEED_ULTRACHAT and not Path(os.environ.get("RATCHET_DATA", ""), "ultrachat_200k").is_dir():
         pytest.skip("UltraChat is not here; name the folder that holds it in RATCHET_DATA")
+    if "task: ifeval" in path.read_text():
+        for library in ("immutabledict", "langdetect"):
+            pytest.importorskip(library, reason=f"lm-eval's IFEval needs {library}")
     monkeypatch.chdir(REPOSITORY)
     module, config_class, _ = RECIPES[Preset(path).recipe]
     assert faults(Preset(path).config(getattr(importlib.import_module(module), config_class))) == []

@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 import urllib.error
 import urllib.request
 from collections import Counter
@@ -25,6 +26,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(240)]
 
 BROKEN = "79 + 45"  # the first of the small preset's training prompts: in shard 0 of 4
 STARTING_SECONDS = 60.0
+HEEDED_SECONDS = 3.0  # until Prefect has taken note of a process that ended
 RUN_SECONDS = 90.0
 
 
@@ -143,6 +145,7 @@ def test_a_retry_of_a_served_run_draws_what_failed_and_nothing_else(
 
         # Pressed sooner, Prefect takes the end of the first attempt's process for a crash of the second.
         until(lambda: not any("spawn_main" in line for line in processes(place, 0)), "the end of the first process")
+        time.sleep(HEEDED_SECONDS)
         broken.unlink()
         retry(prefect, flow_run)
         second = ended(prefect, flow_run, attempt=2)

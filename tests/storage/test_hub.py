@@ -107,7 +107,7 @@ def test_a_missing_file_and_an_unknown_kind_are_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        pytest.param({}, "exactly one of hub, path and arithmetic", id="none"),
+        pytest.param({}, "exactly one of hub, path, arithmetic, formats", id="none"),
         pytest.param({"hub": "a", "path": "b"}, "found .'hub', 'path'.", id="two"),
         pytest.param({"path": "a", "revision": "main"}, "belong to a hub source", id="revision of a file"),
         pytest.param({"path": "a", "answer_after": "####"}, "columns.answer is null", id="marker without column"),
@@ -164,6 +164,15 @@ def test_a_hub_sets_key_is_its_name_and_revision_until_its_content_is_at_hand(
     assert "file" in source_key(hub)
     assert [row.prompt for row in read_source(hub)] == ["q"]
     assert source_name(hub) == "someone/sums:main:test"
+
+
+def test_ifevals_prompts_are_found_under_the_name_their_authors_gave_the_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "ifeval").mkdir()
+    jsonl(tmp_path / "ifeval", {"prompt": "No commas."}, name="input_data.jsonl")
+    monkeypatch.setenv("RATCHET_DATA", str(tmp_path))
+    assert [row.prompt for row in read_source(source(hub="google/IFEval"))] == ["No commas."]
 
 
 def test_made_up_problems_come_in_the_same_shape() -> None:

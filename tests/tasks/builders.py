@@ -1,6 +1,17 @@
 """Tiny builders of rows: only what a test is about is spelt out."""
 
-from storage.rows import Demonstration, EvaluatedPrompt, JudgedRollout, Rollout, ScoredRollout
+from storage.rows import (
+    Demonstration,
+    EvaluatedPrompt,
+    Instance,
+    Instruction,
+    JudgedRollout,
+    Rollout,
+    ScoredRollout,
+    Verification,
+    Verifier,
+    VerifierCase,
+)
 
 
 def scored(
@@ -64,6 +75,54 @@ def evaluated(prompt_id: str, value: float, strategy: str = "mean@1") -> Evaluat
     """What a strategy scored on one prompt."""
     return EvaluatedPrompt(
         prompt_id=prompt_id, strategy=strategy, value=value, rollouts=4, k=1, undecided=0, answer=None
+    )
+
+
+def instruction(text: str = "End with Bye.", query_id: str = "q") -> Instruction:
+    """An instruction, whose id is its text."""
+    return Instruction(
+        instruction_id=text,
+        instruction=text,
+        query_id=query_id,
+        query=f"query {query_id}",
+        evaluation_types=[],
+        writer="fake:tests",
+    )
+
+
+def verifier(name: str, instruction_id: str = "i") -> Verifier:
+    """A verifier that nobody runs."""
+    return Verifier(verifier_id=name, instruction_id=instruction_id, source=f"# {name}", writer="fake:tests")
+
+
+def case(response: str, *, expected: bool, instruction_id: str = "i") -> VerifierCase:
+    """A made-up response."""
+    return VerifierCase(instruction_id=instruction_id, response=response, expected=expected, writer="fake:tests")
+
+
+def instance(prompt_id: str = "p", instruction_id: str = "i", split: str = "train") -> Instance:
+    """A query with an instruction."""
+    return Instance(
+        prompt_id=prompt_id,
+        instruction_id=instruction_id,
+        query_id="q",
+        prompt=f"prompt {prompt_id}",
+        query="query",
+        instruction=f"instruction {instruction_id}",
+        split=split,
+    )
+
+
+def verification(verifier_id: str, outcome: str, index: int = 0, prompt_id: str = "p") -> Verification:
+    """One verifier's word on one completion."""
+    return Verification(
+        prompt_id=prompt_id,
+        rollout_index=index,
+        verifier_id=verifier_id,
+        outcome=outcome,
+        detail="",
+        shown=False,
+        isolation="tests",
     )
 
 

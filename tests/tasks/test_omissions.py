@@ -75,6 +75,13 @@ def test_a_rollout_that_is_in_no_pair_has_the_reason_of_its_own(index: int, reas
     assert why_not_paired(index, rows, pairing.key()).startswith(reason)
 
 
+def test_a_rollout_left_over_by_max_loop_is_told() -> None:
+    rows = [scored(0), scored(1), scored(2, 0.0)]
+    paired = pair_rollouts(rows, Pairing(max_loop=1), 1).pairs  # 2 right and 1 wrong, once round: 1 pair
+    left = next(index for index in (0, 1) if index != paired[0].chosen_index)
+    assert why_not_paired(left, rows, Pairing(max_loop=1).key()) == "over max_per_prompt or max_loop"
+
+
 def test_a_prompt_without_the_other_side_is_told() -> None:
     assert why_not_paired(0, [scored(0), scored(1)], Pairing().key()) == "prompt without a rejected"
 

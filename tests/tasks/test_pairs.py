@@ -29,6 +29,15 @@ def test_zip_walks_the_longer_side_once_and_repeats_the_shorter() -> None:
     assert paired.drops == {}
 
 
+@pytest.mark.parametrize(("max_loop", "pairs"), [(None, 5), (1, 2), (2, 4), (3, 5)])
+def test_zip_repeats_the_shorter_side_max_loop_times_at_most(max_loop: int | None, pairs: int) -> None:
+    # 5 right and 2 wrong: once round makes 2 pairs, twice 4, three times all 5
+    rows = [*(scored(index, 1.0) for index in range(5)), scored(5, 0.0), scored(6, 0.0)]
+    paired = pair_rollouts(rows, Pairing(max_loop=max_loop), iteration=0)
+    assert len(paired.pairs) == pairs
+    assert paired.drops == ({"over max_loop": 5 - pairs} if pairs < 5 else {})
+
+
 def test_walk_goes_on_to_every_combination_but_no_further() -> None:
     # sides of 3 and 2 in step: 3 * 2 = 6 different pairs, then the first again
     paired = pair_rollouts(three_right_two_wrong(), Pairing(rule="walk"), iteration=0)

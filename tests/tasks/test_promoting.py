@@ -7,16 +7,43 @@ import pytest
 from models.specs import ModelRef, PromptTemplate
 from storage.datasets import DatasetRef, write_rows
 from storage.experiments import Experiment
-from storage.rows import EvaluatedPrompt
+from storage.rows import BenchmarkMetric, EvaluatedPrompt
 from tasks.evaluating import Contender
 from tasks.planning import planning
-from tasks.promoting import begin, promote
+from tasks.promoting import begin, benchmark_figures, promote
 from tasks.promotion import Gate
 from tasks.recording import experiment_run, iteration
 from tests.flows.builders import run_plainly, tree
 from tests.tasks.builders import evaluated
 
 pytestmark = pytest.mark.flow  # whole runs on the fake engine
+
+
+def test_the_figures_of_whole_benchmarks_and_ifevals_average_are_named() -> None:
+    def metric(benchmark: str, task: str, name: str, value: float, filter_: str = "none") -> BenchmarkMetric:
+        return BenchmarkMetric(
+            benchmark=benchmark,
+            task=task,
+            metric=name,
+            filter=filter_,
+            value=value,
+            low=value - 0.1,
+            high=value + 0.1,
+            n=9,
+            documents=9,
+            limit=None,
+            shots=0,
+            rendering="plain",
+            cut_prompts=0,
+            note="",
+            policy="fake:tests",
+        )
+
+    rows = [metric("ifeval", "ifeval", name, value) for name, value in (("a", 0.2), ("b", 0.4))]
+    rows += [metric("mmlu", "mmlu_law", "acc", 0.9), metric("gsm8k", "gsm8k", "exact_match", 0.5, "strict-match")]
+    figures = benchmark_figures(rows)
+    assert set(figures) == {"ifeval a", "ifeval b", "ifeval average", "gsm8k exact_match, strict-match"}
+    assert figures["ifeval average"] == pytest.approx({"value": 0.3, "low": 0.2, "high": 0.4, "n": 9, "k": 1})
 
 
 def contender(name: str, correct: int) -> Contender:
