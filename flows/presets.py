@@ -14,9 +14,15 @@ BRANCHES = {
     "fake",
     "scripted",
     "tiny",
+    "judging",
     "model",
+    "labels",
+    "likelihood",
+    "pairwise",
+    "scores",
+    "reward",
 }  # of our unions; part of pydantic's locations, not of the file
-UNIONS = {"engine", "base"}  # the sections that are unions
+UNIONS = {"engine", "base", "asks"}  # the sections that are unions
 C = TypeVar("C", bound=BaseModel)
 Lines = dict[tuple[str | int, ...], int]
 

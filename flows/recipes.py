@@ -11,9 +11,10 @@ from flows.server import importing_prefect
 RECIPES = {
     "rest_em": ("flows.rest_em", "RestEM", "rest_em"),
     "generator_evaluator": ("flows.generator_evaluator", "GeneratorEvaluator", "generator_evaluator"),
+    "spin": ("flows.spin", "Spin", "spin"),
     "autoif": ("flows.autoif", "AutoIF", "autoif"),
 }
-COMING = ("spin", "instruct_tuning")
+COMING = ("instruct_tuning",)
 
 
 class Recipe:

@@ -217,6 +217,35 @@ class SFT(Optimization):
 LossType = Literal["sigmoid", "sft", "apo_zero", "apo_down", "robust", "hinge"]
 
 
+class LearnedScale(Settings):
+    """A standard deviation for each token and logit, from the reference's last hidden state (DNPO).
+
+    It is trained to shrink the margin that the policy is trained to widen. The paper gives none of these figures
+    (METHODS 4.4): the defaults are ours.
+    """
+
+    bound: float = Field(default=1.0, gt=0)  # of the standard deviation
+    penalty: float = Field(default=0.1, ge=0)  # times the mean variance, added to the loss
+    learning_rate: float = Field(default=1e-3, gt=0)
+
+
+class ReferenceNoise(Settings):
+    """Gaussian noise on the reference's logits of the rejected side; the chosen side stays clean (DNPO)."""
+
+    scale: float = Field(default=0.3, gt=0)  # standard deviation, in logits; where it starts if it is learned
+    learned: LearnedScale | None = None
+    below_margin: float | None = Field(default=None, gt=0)  # only pairs that a judge finds closer; None: all pairs
+
+    @model_validator(mode="after")
+    def _starts_within_its_bound(self) -> "ReferenceNoise":
+        if self.learned is not None and self.scale >= self.learned.bound:
+            raise ValueError(
+                f"scale is {self.scale} and learned.bound {self.learned.bound}, so the scale could not start there; "
+                "lower the first or raise the second"
+            )
+        return self
+
+
 class Preference(Optimization):
     """Preference training with DPOTrainer."""
 
@@ -227,11 +256,24 @@ class Preference(Optimization):
     beta: float = Field(default=0.1, gt=0)
     label_smoothing: float = Field(default=0.0, ge=0, lt=0.5)
     precompute_reference: bool = True
+    optimizer: Literal["adamw", "rmsprop"] = "adamw"
+    embedding_noise: float | None = Field(default=None, gt=0)  # NEFTune's alpha; on the policy only, see METHODS 7.4
+    reference_noise: ReferenceNoise | None = None
 
     @model_validator(mode="after")
     def _a_weight_for_each_loss(self) -> "Preference":
         if self.loss_weights is not None and len(self.loss_weights) != len(self.loss_type):
             raise ValueError(f"{len(self.loss_weights)} loss_weights for {len(self.loss_type)} loss_type entries")
+        return self
+
+    @model_validator(mode="after")
+    def _the_reference_stays_clean(self) -> "Preference":
+        on_the_fly = not self.precompute_reference and self.reference_noise is None
+        if self.embedding_noise is not None and self.lora is not None and on_the_fly:
+            raise ValueError(
+                "with embedding_noise and lora the reference is the same noisy model with its adapter off (METHODS "
+                "7.4); set precompute_reference: true"
+            )
         return self
 
 

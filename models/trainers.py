@@ -12,12 +12,13 @@ import shutil
 import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from models.chat import Tokenizer, load_tokenizer, messages_of, render_completion, render_prompt
 from models.jobs import Job, PolicyJob, PreferenceJob, SFTJob, TrainingOutcome
+from models.noise import is_noisy, noisy_reference
 from models.specs import Optimization, PromptTemplate
 from models.training_callbacks import WHOLE, last_whole_checkpoint, recorder, sealer
 
@@ -25,6 +26,7 @@ logger = logging.getLogger("models.trainers")
 
 TOO_LONG = "longer than max_length"
 SCHEDULES = {"trapezoid": "warmup_stable_decay"}  # where transformers has another name
+OPTIMIZERS = {"adamw": "adamw_torch_fused", "rmsprop": "rmsprop"}
 KEPT_CHECKPOINTS = 2  # one may be torn
 
 
@@ -79,9 +81,11 @@ def fit_preferences(job: PreferenceJob) -> TrainingOutcome:
     _score_completions_only()
     tokenizer = load_tokenizer(job.weights, job.chat_template, job.trust_remote_code, revision=job.revision)
     rows, dropped = preference_rows(job, tokenizer)
-    arguments = _arguments(job, settings, len(rows))
-    needs_a_copy = settings.lora is None and not settings.precompute_reference
-    trainer = _dpo_trainer()(
+    arguments = _arguments(job, settings, len(rows)) | {"optim": OPTIMIZERS[settings.optimizer]}
+    precompute = settings.precompute_reference and settings.reference_noise is None  # noise is drawn afresh each time
+    needs_a_copy = settings.lora is None and not precompute
+    trainer_class, noise = _dpo_trainer(), settings.reference_noise
+    trainer = (trainer_class if noise is None else partial(noisy_reference(trainer_class), noise=noise))(
         model=_starting_model(job, settings),
         ref_model=_starting_model(job, settings) if needs_a_copy else None,  # LoRA: the adapter is switched off instead
         args=DPOConfig(
@@ -92,8 +96,9 @@ def fit_preferences(job: PreferenceJob) -> TrainingOutcome:
             loss_weights=list(settings.loss_weights) if settings.loss_weights else None,
             beta=settings.beta,
             label_smoothing=settings.label_smoothing,
-            precompute_ref_log_probs=settings.precompute_reference,
+            precompute_ref_log_probs=precompute,
             disable_dropout=True,
+            neftune_noise_alpha=settings.embedding_noise,
         ),
         train_dataset=_dataset(rows),
         processing_class=tokenizer,
@@ -137,19 +142,22 @@ def preference_rows(job: PreferenceJob, tokenizer: Tokenizer) -> tuple[list[dict
     import numpy as np
 
     kept, dropped = [], Counter[str]()
-    for prompt, chosen, rejected in read_columns(job.rows, ("prompt", "chosen", "rejected")):
+    noise = job.settings.reference_noise
+    judged = ("margin",) if noise is not None and noise.below_margin is not None else ()
+    for prompt, chosen, rejected, *margin in read_columns(job.rows, ("prompt", "chosen", "rejected", *judged)):
         prompt_ids, sides = _render(tokenizer, job.template, prompt, chosen, rejected)
         if len(prompt_ids) + max(map(len, sides)) > job.settings.max_length:
             dropped[TOO_LONG] += 1
             continue
         columns = zip(("prompt_ids", "chosen_ids", "rejected_ids"), (prompt_ids, *sides), strict=True)
-        kept.append({name: np.array(ids, np.int32) for name, ids in columns})
+        row: dict[str, Any] = {name: np.array(ids, np.int32) for name, ids in columns}
+        kept.append(row if noise is None else row | {"noisy": is_noisy(noise, *margin)})
     _check_some_left(job, len(kept), dropped)
     return kept, dropped
 
 
-def read_columns(files: Sequence[Path], columns: Sequence[str]) -> Iterator[tuple[str, ...]]:
-    """These text columns of all rows of the Parquet files, in order."""
+def read_columns(files: Sequence[Path], columns: Sequence[str]) -> Iterator[tuple[Any, ...]]:
+    """These columns of all rows of the Parquet files, in order."""
     import pyarrow.parquet as pq
 
     for file in files:

@@ -38,6 +38,7 @@ class Arithmetic(BaseModel):
     max_steps: int = Field(default=3, ge=1, le=3)  # word problems with more steps are left out
     # mixed: a base corpus, with mistakes and without the marker at times; wrong: a mistake or a slip in each, marked
     quality: Literal["right", "mixed", "wrong"] = "right"
+    wrong_share: float = Field(default=0.0, ge=0, le=1)  # chance that a completion is of quality "wrong" instead
 
 
 class Problem(NamedTuple):
@@ -95,7 +96,8 @@ def make_problems(settings: Arithmetic) -> Iterator[Problem]:
             continue
         draws_in_vain = 0
         seen.add(story.text)
-        quality = _choose(quality_rng, QUALITIES[settings.quality])
+        spoilt = settings.wrong_share > 0 and quality_rng.random() < settings.wrong_share
+        quality = _choose(quality_rng, QUALITIES["wrong" if spoilt else settings.quality])
         yield Problem(story.text, write_completion(story.steps, quality, quality_rng), str(_values(story.steps)[-1]))
 
 

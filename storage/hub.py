@@ -39,6 +39,13 @@ class Columns(Section):
     prompt: str = "prompt"
     answer: str | None = None
     completion: str | None = None
+    turns: str | None = None  # chat messages: the first user turn and its reply are prompt and completion, no other is
+
+    @model_validator(mode="after")
+    def _turns_stand_alone(self) -> Self:
+        if self.turns is not None and self.model_fields_set & {"prompt", "completion"}:
+            raise ValueError("columns.turns holds prompt and completion; remove columns.prompt and columns.completion")
+        return self
 
 
 class RowRange(Section):
@@ -161,11 +168,12 @@ def _all_rows(source: Source) -> Iterator[SourceRow]:
 def _source_row(record: Mapping[str, object], line: int, source: Source, place: str) -> SourceRow:
     where = f"{place} row {line}"
     columns = source.columns
-    prompt = _text(record, columns.prompt, where)
+    first_prompt, first_reply = (None, None) if columns.turns is None else _first_turn(record, columns.turns, where)
+    prompt = _text(record, columns.prompt, where) if first_prompt is None else first_prompt
     if not prompt.strip():
         raise ValueError(f"{where}: column {columns.prompt!r} is empty, expected a prompt; remove the row")
     answer = _text(record, columns.answer, where) if columns.answer is not None else None
-    completion = _text(record, columns.completion, where) if columns.completion is not None else None
+    completion = _text(record, columns.completion, where) if columns.completion is not None else first_reply
     if answer is not None and source.answer_after is not None:
         _, marker, answer_part = answer.rpartition(source.answer_after)
         if not marker or not answer_part.strip():
@@ -186,6 +194,22 @@ def _text(record: Mapping[str, object], column: str, where: str) -> str:
     if not isinstance(value, str):
         raise ValueError(f"{where}: column {column!r} is {value!r}, expected text; convert the column or name another")
     return value
+
+
+def _first_turn(record: Mapping[str, object], column: str, where: str) -> tuple[str, str]:
+    """What the user says first, and what is said to that."""
+    turns = record.get(column)
+    if not isinstance(turns, list) or not all(isinstance(turn, dict) for turn in turns):
+        raise ValueError(f"{where}: column {column!r} is {turns!r:.80}, expected a list of messages; name another")
+    said = [(turn.get("role"), turn.get("content")) for turn in turns if turn.get("role") != "system"]
+    if [role for role, _ in said[:2]] != ["user", "assistant"] or not all(
+        isinstance(text, str) for _, text in said[:2]
+    ):
+        raise ValueError(
+            f"{where}: column {column!r} was expected to begin with a user message and its reply, found roles "
+            f"{[role for role, _ in said[:2]]!r}; leave the row out"
+        )
+    return str(said[0][1]), str(said[1][1])
 
 
 def _local_file(source: Source) -> Path | None:

@@ -132,6 +132,29 @@ class Pair(Row):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Comparison(Row):
+    """What a judge thinks of both sides of a pair as it was made. Key: (prompt_id, rejected_index)."""
+
+    prompt_id: str
+    rejected_index: int | None
+    chosen_reward: float | None  # in [0, 1]; None: the judge could not decide
+    rejected_reward: float | None
+    margin: float | None  # chosen_reward - rejected_reward; 0: a tie, also where both orders disagree
+    reason: str  # "judged", "orders disagree", "no label", "no score", "not scored: ...", "engine error: ..."
+    judge: str  # identity of the model that judged
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PairFigure(Row):
+    """What the pairs of one iteration look like, one figure. Key: (about, name)."""
+
+    about: str  # "chosen", "rejected": lengths of that side; "pairs"; "judged": pairs by what the judge's margin says
+    name: str  # "tokens, mean", "swapped", "gold better", "small margin", ...
+    value: float
+    n: int  # rows it was figured from
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class EvaluatedPrompt(Row):
     """What one strategy scored on one held-out prompt. Key: (strategy, prompt_id)."""
 

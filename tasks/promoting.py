@@ -25,6 +25,7 @@ FUNNEL = (
     "solve_rows",
     "judge_rows",
     "pairs",
+    "swapped",
     "trained_on",
 )
 FUNNEL_STEPS = (
@@ -32,6 +33,8 @@ FUNNEL_STEPS = (
     "mix_tasks",
     "pair_rollouts",
     "pair_by_confidence",
+    "pair_with_gold",
+    "relabel_pairs",
     "train_sft",
     "train_preferences",
 )

@@ -14,7 +14,7 @@ from storage.experiments import Experiment, IterationRecord
 from storage.rows import ScoredRollout
 from tasks.observing import publish_markdown
 from tasks.planning import current_plan
-from tasks.tables import calibration_table, held_out_losses, published_rows, training_metrics
+from tasks.tables import calibration_table, held_out_losses, pair_table, published_rows, training_metrics
 from tasks.yields import yields
 
 SAMPLES_OF_A_KIND = 2
@@ -100,6 +100,7 @@ def render(experiment: Experiment) -> str:
         yields=yields(config, experiment.steps(run=experiment.state().run)),
         calibrations=[(record.label, table) for record in iterations if (table := calibration_table(record))],
         held_out_losses=list(held_out_losses(iterations)),
+        pairs=[(record.label, told) for record in iterations if (told := pair_table(record))],
         samples=[sample for record in iterations for sample in _samples(record)],
         steps=experiment.steps(run=experiment.state().run),
         config=json.dumps(config, indent=1),

@@ -59,8 +59,8 @@ def train_preferences(
 ) -> ModelRef:
     """Train the starting model on pairs; as it starts it is also the reference, frozen."""
     if fake_engine.is_fake(local_model(start).weights):
-        rewards = [row.chosen_reward for ref in pairs for row in read_rows(ref, Pair)]
-        return _train_fake(start, [reward or 0.0 for reward in rewards], pairs)
+        rewards = [_taken_for(row) for ref in pairs for row in read_rows(ref, Pair)]
+        return _train_fake(start, rewards, pairs)
     job = PreferenceJob(template=template, rows=_files(pairs), settings=preference, **_start(start), **_folders())
     return _trained(job, pairs, start)
 
@@ -110,6 +110,13 @@ def _trained(job: SFTJob | PreferenceJob | TinyJob, parents: Sequence[DatasetRef
 def _metrics(outcome: TrainingOutcome) -> Iterator[TrainingMetric]:
     for line in outcome.metrics.read_text().splitlines():
         yield TrainingMetric(**json.loads(line))
+
+
+def _taken_for(pair: Pair) -> float:
+    """How good a fake training takes a chosen side to be: a demonstration is right unless a judge doubts it."""
+    if pair.rule == "gold":
+        return 1.0 if pair.chosen_reward is None else round(pair.chosen_reward)
+    return pair.chosen_reward or 0.0
 
 
 def _train_fake(start: ModelRef, rewards: Sequence[float], parents: Sequence[DatasetRef]) -> ModelRef:

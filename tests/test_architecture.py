@@ -18,6 +18,7 @@ from tests.flows.builders import PRESETS, REPOSITORY
 
 ALL_PRESETS = sorted(PRESETS.glob("*/*.yaml"))
 NEED_GSM8K = [path for path in ALL_PRESETS if "hub: openai/gsm8k" in path.read_text()]
+NEED_ULTRACHAT = [path for path in ALL_PRESETS if "hub: HuggingFaceH4/ultrachat_200k" in path.read_text()]
 
 
 @pytest.mark.parametrize("package", ["flows", "tasks", "models", "storage"])
@@ -77,6 +78,8 @@ def test_a_preset_has_no_fault_where_its_data_is(
         if not Path(folder, "gsm8k").is_dir():
             pytest.skip("GSM8K is not here; name the folder that holds it in RATCHET_DATA")
         monkeypatch.setenv("RATCHET_DATA", folder)
+    if path in NEED_ULTRACHAT and not Path(os.environ.get("RATCHET_DATA", ""), "ultrachat_200k").is_dir():
+        pytest.skip("UltraChat is not here; name the folder that holds it in RATCHET_DATA")
     if "task: ifeval" in path.read_text():
         for library in ("immutabledict", "langdetect"):
             pytest.importorskip(library, reason=f"lm-eval's IFEval needs {library}")

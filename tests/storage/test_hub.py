@@ -121,6 +121,26 @@ def test_a_source_that_makes_no_sense_is_refused(fields: dict[str, object], mess
         source(**fields)
 
 
+def test_the_first_turn_of_a_chat_is_prompt_and_completion(tmp_path: Path) -> None:
+    turns = [
+        ("system", "Be kind."),
+        ("user", "Hello?"),
+        ("assistant", "Hello."),
+        ("user", "And?"),
+        ("assistant", "No."),
+    ]
+    chat = [{"role": role, "content": content} for role, content in turns]
+    rows = list(read_source(source(path=jsonl(tmp_path, {"messages": chat}), columns={"turns": "messages"})))
+    assert [(row.prompt, row.completion) for row in rows] == [("Hello?", "Hello.")]
+    upside_down = jsonl(tmp_path, {"messages": chat[2:]}, name="other.jsonl")
+    with pytest.raises(ValueError, match=r"row 1: .* found roles \['assistant', 'user'\]; leave the row out"):
+        list(read_source(source(path=upside_down, columns={"turns": "messages"})))
+    with pytest.raises(ValueError, match="expected a list of messages"):
+        list(read_source(source(path=jsonl(tmp_path, {"messages": "Hello?"}), columns={"turns": "messages"})))
+    with pytest.raises(ValidationError, match=r"remove columns\.prompt"):
+        source(path="a", columns={"turns": "messages", "prompt": "question"})
+
+
 def test_a_files_key_is_its_content_and_not_its_folder(tmp_path: Path) -> None:
     (tmp_path / "other").mkdir()
     here = source(path=jsonl(tmp_path, {"prompt": "q"}))
