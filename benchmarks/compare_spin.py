@@ -3,21 +3,24 @@
     python benchmarks/compare_spin.py [--seeds 0,1,2] [--arms plain,judge] [--home DIR] [--lock FILE]
 
 Each seed draws its own base, demonstrations' rollouts and training; all its arms share the base, the judge and the test
-problems. Differences from plain SPIN are paired by problem within a seed, and their interval is over problems and seeds
-together, so it says nothing of other demonstration sets. With --home, finished arms are reused.
+problems. Differences from plain SPIN are paired by problem and averaged over seeds first, so their interval is over
+problems: how far seeds differ stands beside it. With --home, finished arms are reused.
 """
 
 import argparse
 import contextlib
 import fcntl
-import json
 import os
 import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from statistics import mean, stdev
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+if TYPE_CHECKING:
+    from storage.experiments import Experiment
+    from storage.hub import Source
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
@@ -95,23 +98,20 @@ def run_arm(arm: str, seed: int, lock: str | None = None) -> Arm:
     config = Preset(PRESET, [*overrides, f"experiment={name}"]).config(Spin)
     with locked(lock):
         spin.fn(config)
-    sys.stdout.write(f"seed {seed}, {arm}: {figures_of(Experiment(name)).policies[-1]}\n")
+    told = figures_of(Experiment(name), config.demonstrations)
+    sys.stdout.write(f"seed {seed}, {arm}: {told.policies[-1]}\n")
     sys.stdout.flush()
-    return figures_of(Experiment(name))
+    return told
 
 
-def figures_of(experiment: object) -> Arm:
-    """Read an experiment's record."""
-    from flows.spin import Spin
+def figures_of(experiment: "Experiment", demonstrations: "Source") -> Arm:
+    """Read an experiment's record; the demonstrations' gold answers say what was wrong with its pairs."""
     from storage.datasets import DatasetRef, read_rows
-    from storage.experiments import Experiment
     from storage.rows import EvaluatedPrompt, PairFigure
     from tasks.loading import prompts_of
 
-    assert isinstance(experiment, Experiment)
     base, *policies = experiment.iterations()
-    config = Spin.model_validate(experiment.config())
-    answers = {row.prompt_id: row.answer or "" for row in prompts_of(config.demonstrations)}
+    answers = {row.prompt_id: row.answer or "" for row in prompts_of(demonstrations)}
     values = [
         {
             row.prompt_id: row.value
@@ -157,31 +157,46 @@ def truth_of(references: dict[str, Any], answers: dict[str, str]) -> dict[str, f
 
 
 def show(told: dict[tuple[str, int], Arm], arms: list[str], seeds: list[int]) -> None:
-    """Print mean@1 and greedy of the last iteration, and the paired difference from plain SPIN."""
-    from tasks.metrics import paired_difference
-
-    lines = [f"mean@1 on the test problems, %, over seeds {seeds}; (sd over seeds)"]
-    lines.append(f"{'arm':16}{'base':>8}{'iter0':>16}{'iter1':>16}{'greedy':>8}  iter1 against plain, points (95 %)")
+    """Print how each arm's policies do, its last one's difference from plain SPIN, and its first pairs."""
+    lines = [f"mean@1 on the test problems, %, mean over seeds {seeds} (and sd); the last one against plain, in points"]
+    lines.append(f"{'arm':14}{'base':>7}{'iter0':>14}{'iter1':>14}{'greedy':>8}  {'against plain (95 %)':24}by seed")
     for arm in arms:
         runs = [told[arm, seed] for seed in seeds]
         columns = [[100 * run.policies[n]["mean@1"]["value"] for run in runs] for n in range(len(runs[0].policies))]
         base = mean(100 * run.base["mean@1"]["value"] for run in runs)
         greedy = mean(100 * run.policies[-1]["greedy"]["value"] for run in runs)
-        cells = "".join(f"{mean(c):8.1f} ({stdev(c) if len(c) > 1 else 0:4.1f})" for c in columns)
-        against = ""
-        if ("plain", seeds[0]) in told and arm != "plain":
-            mine, plain = [], []
-            for seed in seeds:
-                last, other = told[arm, seed].values[-1], told["plain", seed].values[-1]
-                mine += [last[key] for key in sorted(last)]
-                plain += [other[key] for key in sorted(last)]
-            d = paired_difference(mine, plain)
-            against = f"{100 * d.difference:+.1f} ({100 * d.low:+.1f} to {100 * d.high:+.1f})"
-        lines.append(f"{arm:16}{base:8.1f}{cells}{greedy:8.1f}  {against}")
-    lines.append("")
+        cells = "".join(f"{mean(c):7.1f} ({stdev(c) if len(c) > 1 else 0:4.1f})" for c in columns)
+        against = against_plain(told, arm, seeds) if arm != "plain" and ("plain", seeds[0]) in told else ""
+        lines.append(f"{arm:14}{base:7.1f}{cells}{greedy:8.1f}  {against}")
+    shown = ("trained_on", "wrong chosen", "right rejected", "pairs swapped", "pairs noised", "judge right")
+    lengths = ("chosen tokens, mean", "rejected tokens, mean")
+    lines += ["", f"the first iteration's pairs, mean over seeds: {', '.join((*shown, *lengths))}"]
     for arm in arms:
-        lines += [f"{arm} {seed}: {json.dumps(told[arm, seed].pairs)}" for seed in seeds]
+        cells = [
+            f"{mean(told[arm, seed].pairs[0].get(name, 0.0) for seed in seeds):9.3g}"
+            if name in told[arm, seeds[0]].pairs[0]
+            else f"{'-':>9}"
+            for name in (*shown, *lengths)
+        ]
+        lines.append(f"{arm:14}{''.join(cells)}")
     sys.stdout.write("\n".join(lines) + "\n")
+
+
+def against_plain(told: dict[tuple[str, int], Arm], arm: str, seeds: list[int]) -> str:
+    """The last policies' difference in mean@1, seeds averaged for each problem, with its interval over problems."""
+    from tasks.metrics import paired_difference
+
+    def averaged(name: str) -> list[float]:
+        last = [told[name, seed].values[-1] for seed in seeds]
+        return [mean(values[problem] for values in last) for problem in sorted(last[0])]
+
+    difference = paired_difference(averaged(arm), averaged("plain"))
+    by_seed = [
+        100 * (told[arm, seed].policies[-1]["mean@1"]["value"] - told["plain", seed].policies[-1]["mean@1"]["value"])
+        for seed in seeds
+    ]
+    interval = f"{100 * difference.difference:+.1f} ({100 * difference.low:+.1f} to {100 * difference.high:+.1f})"
+    return f"{interval:24}{' '.join(f'{one:+.1f}' for one in by_seed)}"
 
 
 @contextlib.contextmanager

@@ -145,7 +145,7 @@ def spin(config: Spin, *, advance: bool = False) -> ModelRef:
     """Play against the demonstrations; each policy's reference and opponent is the one before. Returns the last one.
 
     Args:
-        config: The experiment: its models, data, sampling, training and gate.
+        config: The experiment: its models, demonstrations, repairs, training and gate.
         advance: End after the first iteration that has something to do, as a schedule wants it.
     """
     with experiment_run(config.experiment, config.model_dump(mode="json"), advance=advance) as experiment:

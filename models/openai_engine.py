@@ -107,17 +107,6 @@ class OpenAIEngine:
                 self._generated += 1
             yield completion
 
-    def score(self, messages: Sequence[Message], continuations: Sequence[str]) -> list[list[float]]:
-        """Log-probabilities as `models.openai_scores` reads them from replies, by the way the settings name."""
-        pool = self._ready_pool()
-        if self._settings.scoring == "top_logprobs":
-            return pool.submit(self._scored_by_first_token(pool, messages, continuations)).result()
-        return pool.submit(self._scored_behind_prompt(pool, messages, continuations)).result()
-
-    def score_all(self, requests: Iterable[ScoreRequest]) -> Iterator[ScoredTokens]:
-        """Yield each text as it is scored. The server renders and tokenises, so `rendering` and `cut` are its own."""
-        return self._all(requests, self._scored)
-
     def _all(self, requests: Iterable[R], work: Callable[["_Pool", R], Coroutine[Any, Any, T]]) -> Iterator[T]:
         """What comes of each request. One that fails is raised once the others are through."""
         pool, failure = self._ready_pool(), None
@@ -142,6 +131,17 @@ class OpenAIEngine:
                 future.cancel()
         if failure is not None:
             raise failure
+
+    def score(self, messages: Sequence[Message], continuations: Sequence[str]) -> list[list[float]]:
+        """Log-probabilities as `models.openai_scores` reads them from replies, by the way the settings name."""
+        pool = self._ready_pool()
+        if self._settings.scoring == "top_logprobs":
+            return pool.submit(self._scored_by_first_token(pool, messages, continuations)).result()
+        return pool.submit(self._scored_behind_prompt(pool, messages, continuations)).result()
+
+    def score_all(self, requests: Iterable[ScoreRequest]) -> Iterator[ScoredTokens]:
+        """Yield each text as it is scored. The server renders and tokenises, so `rendering` and `cut` are its own."""
+        return self._all(requests, self._told)
 
     def generated(self) -> int:
         """Completions received since the engine was opened."""
@@ -218,7 +218,7 @@ class OpenAIEngine:
         choice, _ = await pool.post("/chat/completions", body)
         return among_likeliest(choice, continuations, wanted)
 
-    async def _scored(self, pool: "_Pool", request: ScoreRequest) -> ScoredTokens:
+    async def _told(self, pool: "_Pool", request: ScoreRequest) -> ScoredTokens:
         one = {"max_tokens": 1, "temperature": 0.0, "prompt_logprobs": 0}
         _, opened = await pool.post("/chat/completions", self._body(request.messages, **one))
         more = [*request.messages, {"role": "assistant", "content": request.continuation}]

@@ -24,6 +24,7 @@ from tasks.caching import RETRY_DELAYS_SECONDS, log_counts, step
 from tasks.comparisons import Labelling, Verdict
 from tasks.judgements import confidence, judge_prompt
 from tasks.judging import JudgeError
+from tasks.playing import NothingToLearn
 from tasks.serving import give_back_accelerator, local_model, raise_if_stopping, serve, stopping
 
 CALLS_AT_ONCE = 128  # threads that share the engine, so that its batch stays full
@@ -33,7 +34,7 @@ TOO_LONG = "longer than max_length"
 log = logging.getLogger("ratchet")
 
 
-class Bench(NamedTuple):
+class Hearing(NamedTuple):
     """A judge and how it is asked."""
 
     judge: ModelRef
@@ -75,8 +76,8 @@ def compare_shard(
 ) -> DatasetRef:
     """The verdicts on the pairs from `start` on, `pairs_per_shard` of them; equal questions are asked once."""
     rows = list(islice(read_rows(pairs, Pair), start, start + asks.pairs_per_shard))
-    bench = Bench(judge, asks, template, engine, marker)
-    verdicts = _by_reward_model(rows, bench, asks) if isinstance(asks, RewardAsk) else _by_engine(rows, bench)
+    hearing = Hearing(judge, asks, template, engine, marker)
+    verdicts = _by_reward_model(rows, hearing, asks) if isinstance(asks, RewardAsk) else _by_engine(rows, hearing)
     compared = (
         Comparison(
             prompt_id=row.prompt_id,
@@ -124,10 +125,16 @@ def relabel_pairs(pairs: DatasetRef, comparisons: DatasetRef, labelling: Labelli
     """Keep, swap or drop each pair by its judged margin; what is dropped is counted by reason.
 
     Raises:
-        DatasetError: no pair is left.
+        NothingToLearn: no pair is left; counts the reasons.
     """
     relabelled = rules.relabel_pairs(read_rows(pairs, Pair), read_rows(comparisons, Comparison), labelling)
     kept = relabelled.pairs
+    if not kept:
+        told = ", ".join(f"{reason} {n:,}" for reason, n in relabelled.drops.items())
+        raise NothingToLearn(
+            f"step 'relabel_pairs' dropped all {pairs.rows:,} pairs ({told}); see {comparisons.name}, and set "
+            "judge.labelling to keep more or take a judge that tells the sides apart"
+        )
     log_counts({"pairs": len(kept), "swapped": sum(pair.swapped for pair in kept), **relabelled.drops})
     return write_rows(kept, Pair, step="relabelled", parents=[pairs, comparisons], settings=labelling.key())
 
@@ -140,13 +147,13 @@ def estimate_flip_rate(pairs: tuple[DatasetRef, ...], ignore_below: float) -> fl
     return rate
 
 
-def _by_engine(rows: list[Pair], bench: Bench) -> Iterator[Verdict]:
+def _by_engine(rows: list[Pair], hearing: Hearing) -> Iterator[Verdict]:
     """Ask every question that the pairs need once, then put the verdicts together."""
-    asks = bench.asks
+    asks = hearing.asks
     questions = dict.fromkeys(question for row in rows for question in _questions(row, asks))
-    serve(bench.judge, bench.engine)
+    serve(hearing.judge, hearing.engine)
     with ThreadPoolExecutor(CALLS_AT_ONCE) as pool:
-        answered = dict(zip(questions, pool.map(lambda question: _ask(bench, question), questions), strict=True))
+        answered = dict(zip(questions, pool.map(lambda question: _ask(hearing, question), questions), strict=True))
     broken = [told.failure for told in answered.values() if told.failure.startswith("engine error")]
     if len(broken) > asks.maximum_error_rate * len(answered):
         raise EngineError(
@@ -175,12 +182,12 @@ def _verdict(asks: AnyAsk, one: Told, other: Told) -> Verdict:
     return rules.each_by_itself(one.value, other.value, missing)
 
 
-def _ask(bench: Bench, question: tuple[str, str, str]) -> Told:
+def _ask(hearing: Hearing, question: tuple[str, str, str]) -> Told:
     """One question; an engine that dies is started afresh, one that stays away and what it refuses is told."""
     for delay in (*RETRY_DELAYS_SECONDS, None):
         raise_if_stopping()
         try:
-            return Told(_answer(bench, *question), "")
+            return Told(_answer(hearing, *question), "")
         except EngineConfigurationError as error:
             return Told(None, f"not scored: {error}")
         except EngineError as error:
@@ -190,47 +197,47 @@ def _ask(bench: Bench, question: tuple[str, str, str]) -> Told:
     raise AssertionError("the last attempt returns or raises")
 
 
-def _answer(bench: Bench, prompt: str, first: str, second: str) -> float | None:
-    asks, engine = bench.asks, serve(bench.judge, bench.engine)
+def _answer(hearing: Hearing, prompt: str, first: str, second: str) -> float | None:
+    asks, engine = hearing.asks, serve(hearing.judge, hearing.engine)
     if isinstance(asks, LabelsAsk):
-        messages = messages_of(bench.template, judge_prompt(asks.judge, prompt, first, bench.marker))
+        messages = messages_of(hearing.template, judge_prompt(asks.judge, prompt, first, hearing.marker))
         positive, negative = engine.score(messages, (asks.judge.positive, asks.judge.negative))
         return confidence(asks.judge, sum(positive), sum(negative))
     if isinstance(asks, LikelihoodAsk):
-        (tokens,) = engine.score(messages_of(bench.template, prompt), (first,))
+        (tokens,) = engine.score(messages_of(hearing.template, prompt), (first,))
         return sum(tokens) / len(tokens) / asks.temperature if tokens else None
     if isinstance(asks, PairwiseAsk):
-        messages = messages_of(bench.template, rules.pairwise_prompt(asks, prompt, first, second))
+        messages = messages_of(hearing.template, rules.pairwise_prompt(asks, prompt, first, second))
         if asks.read == "logprobs":
             one, other = engine.score(messages, (asks.first, asks.second))
             return rules.share_of_first(asks, sum(one), sum(other))
-        (choice,) = _write(bench, messages, 1, 0.0, asks.max_completion_tokens)
+        (choice,) = _write(hearing, messages, 1, 0.0, asks.max_completion_tokens)
         return rules.read_choice(asks, choice)
     assert isinstance(asks, ScoresAsk)
-    messages = messages_of(bench.template, rules.score_prompt(asks, prompt, first))
-    written = _write(bench, messages, asks.samples, asks.temperature, asks.max_completion_tokens)
+    messages = messages_of(hearing.template, rules.score_prompt(asks, prompt, first))
+    written = _write(hearing, messages, asks.samples, asks.temperature, asks.max_completion_tokens)
     scores = [score for text in written if (score := rules.read_score(asks, text)) is not None]
     return sum(scores) / len(scores) if scores else None
 
 
-def _write(bench: Bench, messages: tuple[Message, ...], samples: int, temperature: float, tokens: int) -> list[str]:
+def _write(hearing: Hearing, messages: tuple[Message, ...], samples: int, temperature: float, tokens: int) -> list[str]:
     sampling = Sampling(rollouts_per_prompt=1, temperature=temperature, top_k=-1, max_completion_tokens=tokens)
     requests = [Request(key=str(seed), messages=messages, seed=seed) for seed in range(samples)]
-    return [completion.text for completion in serve(bench.judge, bench.engine).sample(requests, sampling)]
+    return [completion.text for completion in serve(hearing.judge, hearing.engine).sample(requests, sampling)]
 
 
-def _by_reward_model(rows: list[Pair], bench: Bench, asks: RewardAsk) -> Iterator[Verdict]:
+def _by_reward_model(rows: list[Pair], hearing: Hearing, asks: RewardAsk) -> Iterator[Verdict]:
     texts = tuple(
         dict.fromkeys(text for row in rows for text in ((row.prompt, row.chosen), (row.prompt, row.rejected)))
     )
     give_back_accelerator()
-    local, context = local_model(bench.judge), copy_context()
+    local, context = local_model(hearing.judge), copy_context()
     job = RewardJob(
         weights=local.weights,
-        revision=bench.judge.revision,
-        chat_template=bench.judge.chat_template,
-        trust_remote_code=bench.judge.trust_remote_code,
-        template=bench.template,
+        revision=hearing.judge.revision,
+        chat_template=hearing.judge.chat_template,
+        trust_remote_code=hearing.judge.trust_remote_code,
+        template=hearing.template,
         texts=texts,
         **asks.model_dump(include={"max_length", "batch_size", "precision"}),
     )

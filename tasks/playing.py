@@ -19,6 +19,10 @@ from tasks.serving import local_model
 _WORD = re.compile(r"\S+")
 
 
+class NothingToLearn(RuntimeError):
+    """No pair is left to train on."""
+
+
 @step(version="1", rows=lambda rollouts, *_: rollouts.rows)
 def pair_with_gold(
     rollouts: DatasetRef,
@@ -32,6 +36,9 @@ def pair_with_gold(
 
     A rollout at the cap was cut and is dropped; so is a demonstration that would not fit into it: else length alone
     would tell the sides apart (METHODS 4.6).
+
+    Raises:
+        NothingToLearn: no pair could be made; counts the reasons.
     """
     tokens = token_counter(policy, template)
     gold = {row.prompt_id: row for row in read_rows(demonstrations, Demonstration)}
@@ -47,6 +54,13 @@ def pair_with_gold(
             counts.update(paired.drops)
             counts["pairs"] += len(paired.pairs)
             yield from paired.pairs
+        if not counts["pairs"]:
+            told = ", ".join(f"{reason} {n:,}" for reason, n in counts.items() if reason not in ("sampled", "pairs"))
+            raise NothingToLearn(
+                f"step 'pair_with_gold' made no pair of {rollouts.rows:,} rollouts ({told}); where they are cut, raise "
+                "sampling.max_completion_tokens; where the policy writes the demonstrations itself, SPIN has nothing "
+                "left to teach it (METHODS 4.6)"
+            )
 
     reference = write_rows(pairs(), Pair, step="pairs", parents=[rollouts, demonstrations])
     log_counts(counts)

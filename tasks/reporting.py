@@ -11,10 +11,10 @@ from typing import Any, NamedTuple
 from storage.datasets import DatasetError, DatasetRef, read_rows
 from storage.durable import put_file
 from storage.experiments import Experiment, IterationRecord
-from storage.rows import PairFigure, ScoredRollout
+from storage.rows import ScoredRollout
 from tasks.observing import publish_markdown
 from tasks.planning import current_plan
-from tasks.tables import calibration_table, held_out_losses, published_rows, training_metrics
+from tasks.tables import calibration_table, held_out_losses, pair_table, published_rows, training_metrics
 from tasks.yields import yields
 
 SAMPLES_OF_A_KIND = 2
@@ -99,8 +99,8 @@ def render(experiment: Experiment) -> str:
         published_of=config.get("published_of"),
         yields=yields(config, experiment.steps(run=experiment.state().run)),
         calibrations=[(record.label, table) for record in iterations if (table := calibration_table(record))],
-        pairs=[(record.label, told) for record in iterations if (told := _pair_figures(record))],
         held_out_losses=list(held_out_losses(iterations)),
+        pairs=[(record.label, told) for record in iterations if (told := pair_table(record))],
         samples=[sample for record in iterations for sample in _samples(record)],
         steps=experiment.steps(run=experiment.state().run),
         config=json.dumps(config, indent=1),
@@ -150,19 +150,6 @@ def _samples(record: IterationRecord) -> Iterator[Sample]:
                 yield Sample(record.label, KINDS[row.reward], row)
     except DatasetError:  # the data set was removed since; the figures stand all the same
         return
-
-
-def _pair_figures(record: IterationRecord) -> dict[str, dict[str, PairFigure]]:
-    """What is told of the pairs, by what it is about; empty where the iteration paired nothing with demonstrations."""
-    if "pair_figures" not in record.references:
-        return {}
-    table: dict[str, dict[str, PairFigure]] = {}
-    try:
-        for row in read_rows(DatasetRef(**record.references["pair_figures"]), PairFigure):
-            table.setdefault(row.about, {})[row.name] = row
-    except DatasetError:  # removed since
-        return {}
-    return table
 
 
 def _accuracy_plot(iterations: Sequence[IterationRecord]) -> Any:

@@ -1,4 +1,4 @@
-"""Tables of the report that not every experiment has: published figures, the policy as a judge, loss by task."""
+"""Tables of the report that not every experiment has: published figures, the policy as a judge, loss by task, pairs."""
 
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 from storage.checkpoints import read_checkpoint_manifest
 from storage.datasets import DatasetError, DatasetRef, read_rows
 from storage.experiments import IterationRecord
-from storage.rows import Calibration, TrainingMetric
+from storage.rows import Calibration, PairFigure, TrainingMetric
 
 HELD_OUT_LOSS = "eval_loss/"  # and the task; logged before the first optimizer step and after the last
 
@@ -61,6 +61,19 @@ def calibration_table(record: IterationRecord) -> list[tuple[str, str, dict[str,
     except DatasetError:  # removed since
         return []
     return [(writer, group, figures) for (writer, group), figures in table.items()]
+
+
+def pair_table(record: IterationRecord) -> dict[str, dict[str, PairFigure]]:
+    """What is told of the pairs, by what it is about; empty where the iteration paired nothing with demonstrations."""
+    if "pair_figures" not in record.references:
+        return {}
+    table: dict[str, dict[str, PairFigure]] = {}
+    try:
+        for row in read_rows(DatasetRef(**record.references["pair_figures"]), PairFigure):
+            table.setdefault(row.about, {})[row.name] = row
+    except DatasetError:  # removed since
+        return {}
+    return table
 
 
 def training_metrics(record: IterationRecord) -> list[TrainingMetric]:

@@ -15,7 +15,8 @@ from storage.datasets import DatasetRef, read_rows
 from storage.experiments import Experiment
 from storage.home import home
 from storage.rows import Pair, PairFigure, Rollout
-from tasks.reporting import published_rows
+from tasks.playing import NothingToLearn
+from tasks.tables import published_rows
 from tests.benchmark_documents import write_documents
 from tests.flows.builders import PRESETS, heard, stored
 
@@ -108,11 +109,17 @@ def test_a_judge_swaps_and_drops_and_every_bucket_is_told() -> None:
 
 @pytest.mark.flow
 def test_a_demonstration_longer_than_the_cap_of_rollouts_is_left_out_and_counted() -> None:
-    # "1 + 2 = 3\nFINAL ANSWER: 3" are eight words, as the fake engine counts; the cap cuts every rollout too.
+    # "1 + 2 = 3\nFINAL ANSWER: 3" are eight words, as the fake engine counts them.
     config = config_of(SMOKE, *PLAIN, "sampling.max_completion_tokens=7")
-    with heard() as steps, pytest.raises(RuntimeError, match="no rows to store"):
+    with heard() as steps, pytest.raises(NothingToLearn, match=r"made no pair of 40 .*over max_completion_tokens 40"):
         spin.fn(config)
     assert steps[-1].step == "pair_with_gold"
+
+
+@pytest.mark.flow
+def test_a_judge_that_has_all_pairs_dropped_is_told() -> None:
+    with pytest.raises(NothingToLearn, match=r"dropped all \d+ pairs \(judged: small margin \d+"):
+        run_plainly("judge.labelling={small_below: 1.0, swap_at: 1.0, small: drop}")
 
 
 @pytest.mark.flow
@@ -194,6 +201,7 @@ def test_the_seeds_presets_can_be_planned_without_a_model(
 ) -> None:
     chats(tmp_path, 10)
     monkeypatch.setenv("RATCHET_DATA", str(tmp_path))
+    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)  # the benchmarks' documents would be asked for
     monkeypatch.chdir(PRESETS.parents[1])
     ran = CliRunner().invoke(app, ["plan", str(FOLDER / f"{name}.yaml"), "--json"])
     assert ran.exit_code == 0, ran.output

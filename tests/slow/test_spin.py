@@ -20,12 +20,12 @@ Told = dict[tuple[str, int], Any]  # compare_spin.Arm
 
 @pytest.fixture(scope="module")
 def told(tmp_path_factory: pytest.TempPathFactory) -> Told:
-    """Three arms of each seed, in one home, so that base and judge are built once a seed."""
+    """Both arms of each seed, in one home, so that the judge is built once."""
     import compare_spin
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("RATCHET_HOME", str(tmp_path_factory.mktemp("spin") / "home"))
-        return {(arm, seed): compare_spin.run_arm(arm, seed) for seed in SEEDS for arm in ("plain", "judge", "sft")}
+        return {(arm, seed): compare_spin.run_arm(arm, seed) for seed in SEEDS for arm in ("plain", "judge")}
 
 
 def over_seeds(told: Told, arm: str) -> float:
@@ -44,3 +44,7 @@ def test_the_judge_is_right_about_most_pairs_and_leaves_fewer_wrong_ones(told: T
             assert judged["judge right"] > 0.9
             assert judged["pairs swapped"] > 0
             assert judged["wrong chosen"] < plain["wrong chosen"]
+
+
+def test_judge_labels_help_on_average_over_seeds(told: Told) -> None:
+    assert over_seeds(told, "judge") > over_seeds(told, "plain")

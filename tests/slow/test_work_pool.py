@@ -170,7 +170,7 @@ def test_a_run_whose_machine_died_is_marked_crashed_and_its_retry_goes_on(
 ) -> None:
     list(deploy([SMOKE], pool="dying", at_once=1, cron=None))
     found = httpx.get(f"{prefect}/deployments/name/rest-em/rest-em-smoke").json()
-    slow = {**found["parameters"]["config"], "engine": {"kind": "fake", "seconds_per_request": 0.5}}
+    slow = {**found["parameters"]["config"], "engine": {"kind": "fake", "seconds_per_request": 0.1}}
     body = {"parameters": {"config": slow, "advance": True}}
     run = httpx.post(f"{prefect}/deployments/{found['id']}/create_flow_run", json=body).json()["id"]
     command = [sys.executable, "-m", "prefect", "worker", "start", "--pool", "dying", "--type", "process"]

@@ -105,6 +105,15 @@ def test_a_mixed_corpus_holds_the_shares_it_should() -> None:
     assert wrong == pytest.approx(0.27, abs=0.03)
 
 
+def test_a_known_share_of_completions_is_wrong_and_the_problems_stay_as_they_are() -> None:
+    right = list(make_problems(Arithmetic(problems=1000)))
+    spoilt = list(make_problems(Arithmetic(problems=1000, wrong_share=0.3)))
+    assert [(p.prompt, p.answer) for p in right] == [(p.prompt, p.answer) for p in spoilt]
+    wrong = sum(problem.completion.rpartition(f"{MARKER} ")[2] != problem.answer for problem in spoilt)
+    assert 255 <= wrong <= 345  # three standard deviations of 14.5 around 300
+    assert list(make_problems(Arithmetic(problems=50, wrong_share=1.0))) != list(make_problems(Arithmetic(problems=50)))
+
+
 def test_fewer_steps_are_an_easier_problem() -> None:
     for problem in make_problems(Arithmetic(problems=100, max_steps=1)):
         assert len(problem.completion.splitlines()) == 2

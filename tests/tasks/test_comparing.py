@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from models.engine import Completion, EngineConfigurationError, EngineError, Message, Request
-from models.specs import Fake, ModelRef, PromptTemplate, Sampling
+from models.specs import Fake, ModelRef, OpenAI, PromptTemplate, Sampling
 from storage.datasets import DatasetRef, read_rows, write_rows
 from storage.rows import Comparison, Pair
 from tasks import comparing
@@ -15,6 +15,7 @@ from tasks.comparing import compare_pairs, estimate_flip_rate, relabel_pairs
 from tasks.comparisons import Labelling
 from tasks.judging import JudgeError
 from tasks.pairs import pair_with_gold
+from tests.models.endpoints import Reply, likeliest, ok, serving
 from tests.tasks.builders import demonstration, rollout
 
 JUDGE, TEMPLATE, ENGINE = ModelRef(name="fake:0.9"), PromptTemplate(), Fake()
@@ -177,3 +178,35 @@ def test_verdicts_turn_pairs_round_and_other_thresholds_need_no_new_judging(monk
     assert (kept.chosen, kept.swapped) == ("human", False)
     assert estimate_flip_rate((relabel_pairs(ref, compared, Labelling()),), 0.1) == 0.0
     assert len(engine.asked) == 2
+
+
+@pytest.mark.flow
+def test_a_judge_behind_an_endpoint_scores_prefers_and_refuses(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    judge = ModelRef(name="a-judge")
+
+    def answer(_: int, body: dict[str, Any]) -> Reply:
+        text = body["messages"][-1]["content"]
+        if "prompt refused" in text:
+            return 400, {}, b'{"error": {"message": "the prompt is too long"}}'
+        if body.get("top_logprobs"):
+            return (
+                likeliest(("A", -0.2), ("B", -1.8))
+                if text.index("mine") < text.index("human")
+                else likeliest(("B", -0.2), ("A", -1.8))
+            )
+        return ok("Score: 9" if "human" in text else "Score: 4")
+
+    def compared(ref: DatasetRef, asks: Any, **settings: Any) -> list[Comparison]:
+        with serving(answer) as server:
+            engine = OpenAI(endpoints=(server.url,), **settings)
+            return list(read_rows(compare_pairs(judge, ref, asks, TEMPLATE, engine, "x"), Comparison))
+
+    scored, refused = compared(pairs("a", "refused"), ScoresAsk(samples=2, maximum_undecided=0.5))
+    assert (scored.chosen_reward, scored.rejected_reward) == (pytest.approx(0.9), pytest.approx(0.4))
+    assert scored.judge == judge.identity
+    assert refused.margin is None
+    assert refused.reason.startswith("not scored: ")
+    (preferred,) = compared(pairs("a"), PairwiseAsk(), scoring="top_logprobs")
+    # "mine" is better in both orders: e^-0.2 / (e^-0.2 + e^-1.8) = 0.832018 for it
+    assert preferred.rejected_reward == pytest.approx(0.832018, abs=1e-6)
