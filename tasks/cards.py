@@ -107,7 +107,7 @@ def model_card(facts: ModelFacts) -> str:
         "## Settings of the training",
         _fenced(facts.settings, "yaml"),
         "## How to reproduce",
-        "The experiment's settings are in `preset.yaml`: `ratchet run preset.yaml`. Versions: "
+        "The experiment's settings are in `preset.yaml`: `ratchet run preset.yaml`. Versions where it was exported: "
         + ", ".join(f"{name} {version}" for name, version in facts.versions.items())
         + ".",
         f"## Licence\n\n{licence}",
