@@ -8,12 +8,12 @@ hand-written instructions are left out.
 """
 
 from collections import Counter
-from typing import Annotated, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 from prefect import flow
-from pydantic import Discriminator, Field, Tag, model_validator
+from pydantic import Field, model_validator
 
-from flows.rest_em import TinyBase
+from flows.bases import Base, TinyBase, corpus_of, given, open_base
 from models.specs import EngineSettings, ModelRef, Preference, PromptTemplate, Sampling, Settings
 from storage.datasets import DatasetRef
 from storage.hub import Source
@@ -24,7 +24,7 @@ from tasks.consistency import Consistency
 from tasks.evaluating import Contender, Evaluation, evaluate_answers
 from tasks.instances import Combining
 from tasks.instructions import Length, Proposing, with_a_prompt
-from tasks.loading import load_demonstrations, load_prompts, open_folder, prompts_of
+from tasks.loading import load_prompts, prompts_of
 from tasks.metrics import parse_strategy
 from tasks.pairing import pair_rollouts
 from tasks.pairs import Pairing
@@ -59,15 +59,11 @@ from tasks.supervising import (
     read_verifiers,
 )
 from tasks.supervision import Relevance, Translating
-from tasks.training import build_base, train_preferences
+from tasks.training import train_preferences
 from tasks.verifiers import WritingCases, WritingVerifiers
 from tasks.verifying import Completions, check_verifiers, score_by_votes, show_verifiers, verify_rollouts
 from tasks.votes import Completing, Voting
 
-Base = Annotated[
-    Annotated[TinyBase, Tag("tiny")] | Annotated[ModelRef, Tag("model")],
-    Discriminator(lambda base: "tiny" if isinstance(base, TinyBase) or "corpus" in dict(base) else "model"),
-]
 SUPERVISED = ("supervisor", "proposing", "verifiers", "cases", "back_translation", "judge")  # asked of the supervisor
 
 
@@ -128,12 +124,11 @@ class AutoIF(Settings):
 
     def reads(self) -> list[Read]:
         """The sources this experiment reads, and what their rows must have."""
-        corpus = [Read("base.corpus", self.base.corpus, completions=True)] if isinstance(self.base, TinyBase) else []
-        return [Read("queries", self.queries), Read("dev", self.dev), Read("test", self.test), *corpus]
+        return [Read("queries", self.queries), Read("dev", self.dev), Read("test", self.test), *corpus_of(self.base)]
 
     def templates(self) -> dict[str, tuple[ModelRef | None, PromptTemplate]]:
         """How the policy and the supervisor are prompted; an instruction is not known yet."""
-        policy = None if isinstance(self.base, TinyBase) else self.base
+        policy = given(self.base)
         supervisor = policy if self.supervisor is None else self.supervisor.model
         instance = with_a_prompt(self.combining.text)
         user = self.template.user.replace("${prompt}", "$prompt").replace("$prompt", instance)
@@ -212,7 +207,7 @@ def autoif(config: AutoIF, *, advance: bool = False) -> ModelRef:
     """
     with experiment_run(config.experiment, config.model_dump(mode="json"), advance=advance) as experiment:
         isolation(config.limits)  # without a sandbox nothing is begun, on whatever machine a schedule runs this
-        base = open_base(config)
+        base = open_base(config.base, config.template, config.marker)
         supervisor = open_supervisor(config.supervisor, base, config.engine)
         queries = Queries(
             load_queries(config.queries, config.length, config.between),
@@ -245,14 +240,6 @@ def autoif(config: AutoIF, *, advance: bool = False) -> ModelRef:
             incumbent = promote(experiment, config.label_of(number), challenger, incumbent, config.gate, **made)
     publish_report(experiment)
     return incumbent.policy
-
-
-def open_base(config: AutoIF) -> ModelRef:
-    """The model the experiment starts from."""
-    if isinstance(config.base, TinyBase):
-        corpus = load_demonstrations(config.base.corpus, config.marker)
-        return build_base(corpus, config.base.tiny, config.template)
-    return open_folder(config.base)
 
 
 def load_held_out(config: AutoIF, name: Literal["dev", "test"]) -> DatasetRef:

@@ -14,7 +14,7 @@ from typing import Annotated, Literal
 from prefect import flow
 from pydantic import Discriminator, Field, Tag, model_validator
 
-from flows.rest_em import TinyBase
+from flows.bases import TinyJudgingBase, kind_of_base
 from models.specs import SFT, EngineSettings, ModelRef, Preference, PromptTemplate, Sampling, Settings
 from storage.datasets import DatasetRef
 from storage.hub import Source
@@ -43,16 +43,9 @@ from tasks.selecting import select_demonstrations
 from tasks.selection import Selection
 from tasks.training import build_base, train_preferences, train_sft
 
-
-class TinyJudgingBase(TinyBase):
-    """A tiny base whose corpus holds judgements too; else 250,000 parameters have no idea of judging to start from."""
-
-    judged: tuple[Source, ...] = Field(min_length=1)  # solutions that are right or wrong by their source's answers
-
-
 Base = Annotated[
     Annotated[TinyJudgingBase, Tag("tiny")] | Annotated[ModelRef, Tag("model")],
-    Discriminator(lambda base: "tiny" if isinstance(base, TinyBase) or "corpus" in dict(base) else "model"),
+    Discriminator(kind_of_base),
 ]
 
 

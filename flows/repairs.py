@@ -4,8 +4,7 @@ from typing import Annotated, Literal
 
 from pydantic import Discriminator, Field, Tag, model_validator
 
-from flows.generator_evaluator import TinyJudgingBase
-from flows.rest_em import TinyBase
+from flows.bases import TinyBase, TinyJudgingBase, is_tiny
 from models.specs import EngineSettings, ModelRef, PromptTemplate, ReferenceNoise, Settings
 from storage.datasets import DatasetRef
 from tasks.asks import AnyAsk, LabelsAsk
@@ -22,8 +21,8 @@ from tasks.training import build_base
 def _kind_of_judge(base: object) -> str:
     if isinstance(base, TinyBase):
         return "judging" if isinstance(base, TinyJudgingBase) else "tiny"
-    given = dict(base) if isinstance(base, dict) else {}
-    return "judging" if "judged" in given else "tiny" if "corpus" in given else "model"
+    judging = isinstance(base, dict) and "judged" in base
+    return "judging" if judging else "tiny" if is_tiny(base) else "model"
 
 
 JudgeModel = Annotated[

@@ -5,11 +5,12 @@ decides whether a new policy is sampled next; the paper always goes on. As in th
 by DPO on its own correct and incorrect rollouts; the broken DPO of the seed's code (METHODS 2.6) is not repeated.
 """
 
-from typing import Annotated, Literal
+from typing import Literal
 
 from prefect import flow
-from pydantic import Discriminator, Field, Tag, model_validator
+from pydantic import Field, model_validator
 
+from flows.bases import Base, corpus_of, given, open_base
 from models.specs import (
     SFT,
     EngineSettings,
@@ -18,12 +19,11 @@ from models.specs import (
     PromptTemplate,
     Sampling,
     Settings,
-    TinyModel,
 )
 from storage.hub import Source
 from tasks.checking import Read, reads_of_splits
 from tasks.evaluating import Evaluation, HeldOut, assess
-from tasks.loading import draw_prompts, load_demonstrations, load_prompts, open_folder
+from tasks.loading import draw_prompts, load_prompts
 from tasks.metrics import parse_strategy
 from tasks.pairing import pair_rollouts
 from tasks.pairs import Pairing
@@ -37,20 +37,7 @@ from tasks.sampling import sample_rollouts, shard_threads
 from tasks.scoring import score_answers
 from tasks.selecting import select_demonstrations
 from tasks.selection import Selection
-from tasks.training import build_base, train_preferences, train_sft
-
-
-class TinyBase(Settings):
-    """A tiny base model, built first from a corpus of demonstrations."""
-
-    corpus: Source
-    tiny: TinyModel = TinyModel()
-
-
-Base = Annotated[
-    Annotated[TinyBase, Tag("tiny")] | Annotated[ModelRef, Tag("model")],
-    Discriminator(lambda base: "tiny" if isinstance(base, TinyBase) or "corpus" in dict(base) else "model"),
-]
+from tasks.training import train_preferences, train_sft
 
 
 class FinalDPO(Settings):
@@ -99,14 +86,12 @@ class RestEM(Settings):
 
     def reads(self) -> list[Read]:
         """The sources this experiment reads, and what their rows must have."""
-        corpus = [Read("base.corpus", self.base.corpus, completions=True)] if isinstance(self.base, TinyBase) else []
-        return [*reads_of_splits(self, examples=self.few_shot is not None), *corpus]
+        return [*reads_of_splits(self, examples=self.few_shot is not None), *corpus_of(self.base)]
 
     def templates(self) -> dict[str, tuple[ModelRef | None, PromptTemplate]]:
         """How the base and the policies trained from it are prompted."""
-        ref = None if isinstance(self.base, TinyBase) else self.base
         few_shot = first_template(self.template, self.few_shot, self.train, self.marker).template
-        return {"base": (ref, few_shot), "trained policies": (ref, self.template)}
+        return {"base": (given(self.base), few_shot), "trained policies": (given(self.base), self.template)}
 
     def selection_of(self, iteration: int) -> Selection:
         """The selection with the target of this iteration, if it has one."""
@@ -128,7 +113,7 @@ def rest_em(config: RestEM, *, advance: bool = False) -> ModelRef:
         train = load_prompts(config.train, without=examples)
         held_out = HeldOut(load_prompts(config.dev, without=()), load_prompts(config.test, without=()))
         with iteration(0):
-            base = open_base(config)
+            base = open_base(config.base, config.template, config.marker)
             incumbent = assess(base, few_shot, held_out, config.evaluation, config.gate, config.engine, config.marker)
             begin(experiment, incumbent)
         kept = []
@@ -157,11 +142,3 @@ def rest_em(config: RestEM, *, advance: bool = False) -> ModelRef:
                 incumbent = promote(experiment, "dpo", challenger, incumbent, config.gate, scored=scored)
     publish_report(experiment)
     return incumbent.policy
-
-
-def open_base(config: RestEM) -> ModelRef:
-    """The model the experiment starts from."""
-    if isinstance(config.base, TinyBase):
-        corpus = load_demonstrations(config.base.corpus, config.marker)
-        return build_base(corpus, config.base.tiny, config.template)
-    return open_folder(config.base)

@@ -11,8 +11,8 @@ from typing import Literal
 from prefect import flow
 from pydantic import Field, model_validator
 
+from flows.bases import Base, corpus_of, given, open_base
 from flows.repairs import Noise, PairJudge, label_pairs, open_judge
-from flows.rest_em import Base, TinyBase
 from models.specs import SFT, EngineSettings, ModelRef, Preference, PromptTemplate, Sampling, Settings
 from storage.datasets import DatasetRef
 from storage.hub import Source
@@ -22,7 +22,7 @@ from tasks.checking import Read
 from tasks.comparing import estimate_flip_rate
 from tasks.evaluating import Contender, Evaluation, HeldOut, assess
 from tasks.headlining import evaluate_headlines
-from tasks.loading import draw_prompts, load_demonstrations, load_prompts, open_folder
+from tasks.loading import draw_prompts, load_demonstrations, load_prompts
 from tasks.metrics import parse_strategy
 from tasks.playing import describe_pairs, imitate_chosen, pair_with_gold
 from tasks.promoting import begin, promote
@@ -30,7 +30,7 @@ from tasks.promotion import Gate
 from tasks.recording import each_iteration, experiment_run, iteration, split
 from tasks.reporting import publish_report
 from tasks.sampling import sample_rollouts, shard_threads
-from tasks.training import build_base, train_preferences, train_sft
+from tasks.training import train_preferences, train_sft
 
 
 class Spin(Settings):
@@ -95,8 +95,7 @@ class Spin(Settings):
 
     def reads(self) -> list[Read]:
         """The sources this experiment reads, and what their rows must have."""
-        corpora = [Read("base.corpus", self.base.corpus, completions=True)] if isinstance(self.base, TinyBase) else []
-        corpora += [] if self.judge is None else self.judge.reads()
+        corpora = corpus_of(self.base) + ([] if self.judge is None else self.judge.reads())
         held_out = {"dev": self.dev, "test": self.test}
         return [
             Read("demonstrations", self.demonstrations, completions=True, apart=True),
@@ -106,7 +105,7 @@ class Spin(Settings):
 
     def templates(self) -> dict[str, tuple[ModelRef | None, PromptTemplate]]:
         """How the policies are prompted."""
-        return {"all policies": (None if isinstance(self.base, TinyBase) else self.base, self.template)}
+        return {"all policies": (given(self.base), self.template)}
 
     @property
     def noisy_below(self) -> float | None:
@@ -153,7 +152,7 @@ def spin(config: Spin, *, advance: bool = False) -> ModelRef:
         prompts = load_prompts(config.demonstrations, without=())
         held_out = load_held_out(config)
         with iteration(0):
-            base = open_base(config)
+            base = open_base(config.base, config.template, config.marker)
             if config.warm_up is not None:
                 base = train_sft(base, (demonstrations,), config.template, config.warm_up)
             standing = measure(config, base, held_out)  # p_theta_0
@@ -221,11 +220,3 @@ def describe(config: Spin, made_from: dict[str, DatasetRef], policy: ModelRef) -
     labelling = None if config.judge is None else config.judge.labelling
     compared = made_from.get("compared")
     return describe_pairs(made_from["pairs"], policy, config.template, compared, labelling, config.noisy_below)
-
-
-def open_base(config: Spin) -> ModelRef:
-    """The model the experiment starts from."""
-    if isinstance(config.base, TinyBase):
-        corpus = load_demonstrations(config.base.corpus, config.marker)
-        return build_base(corpus, config.base.tiny, config.template)
-    return open_folder(config.base)

@@ -4,8 +4,9 @@ from pathlib import Path
 
 import pytest
 
+from flows.bases import TinyBase
 from flows.presets import Preset, PresetError
-from flows.rest_em import RestEM, TinyBase
+from flows.rest_em import RestEM
 from models.specs import Fake, ModelRef, TinyModel
 from tests.flows.builders import SMOKE
 
