@@ -11,8 +11,8 @@ from typing import Literal
 from prefect import flow
 from pydantic import Field, model_validator
 
+from flows.bases import Base, corpus_of, given, open_base
 from flows.repairs import PairJudge, open_judge
-from flows.rest_em import Base, TinyBase
 from models.specs import SFT, EngineSettings, ModelRef, Preference, PromptTemplate, Sampling, Settings
 from storage.datasets import DatasetRef
 from storage.hub import Source
@@ -25,14 +25,14 @@ from tasks.comparing import compare_pairs
 from tasks.evaluating import Contender, Evaluation, HeldOut, assess
 from tasks.guarding import Guarded, guard_against
 from tasks.headlining import Gsm8kReading, evaluate_headlines
-from tasks.loading import load_demonstrations, load_prompts, open_folder
+from tasks.loading import load_prompts
 from tasks.metrics import parse_strategy
 from tasks.promoting import begin, promote
 from tasks.promotion import Gate
 from tasks.recording import experiment_run, iteration, split
 from tasks.reporting import publish_report
 from tasks.sampling import sample_rollouts, shard_threads
-from tasks.training import build_base, train_preferences, train_sft
+from tasks.training import train_preferences, train_sft
 
 log = logging.getLogger("ratchet")
 
@@ -112,15 +112,14 @@ class InstructTuning(Settings):
     def reads(self) -> list[Read]:
         """The sources this experiment reads beside its mixtures, and what their rows must have."""
         held_out = {"dev": self.dev, "test": self.test}
-        corpora = [Read("base.corpus", self.base.corpus, completions=True)] if isinstance(self.base, TinyBase) else []
+        corpora = corpus_of(self.base)
         if self.preference is not None and self.preference.auto is not None:
             corpora += self.preference.auto.judge.reads()
         return [*(Read(name, one, answers=True, apart=True) for name, one in held_out.items() if one), *corpora]
 
     def templates(self) -> dict[str, tuple[ModelRef | None, PromptTemplate]]:
         """How the policies are prompted."""
-        base = None if isinstance(self.base, TinyBase) else self.base
-        chat = self.sft.chat_tokens
+        base, chat = given(self.base), self.sft.chat_tokens
         if base is None or chat is None:
             return {"all policies": (base, self.template)}
         tuned = base.model_copy(update={"chat_template": chat.template})
@@ -139,7 +138,7 @@ def instruct_tuning(config: InstructTuning, *, advance: bool = False) -> ModelRe
         held_out = load_held_out(config)
         guard = guard_against(config.kept_apart_from, held_out or ())
         with iteration(0):
-            base = measure(config, open_base(config), held_out)
+            base = measure(config, open_base(config.base, config.template, config.marker), held_out)
             begin(experiment, base)
         with iteration(1):
             conversations = blend(config.conversations, guard, base.policy)
@@ -207,11 +206,3 @@ def measure(
             return Contender(policy, config.template, told, told, told, floor)
         test = evaluate_headlines(answered, contender.test, config.gsm8k)
         return contender._replace(test=test, benchmarks=told, floor=floor)
-
-
-def open_base(config: InstructTuning) -> ModelRef:
-    """The model the experiment starts from."""
-    if isinstance(config.base, TinyBase):
-        corpus = load_demonstrations(config.base.corpus, config.marker)
-        return build_base(corpus, config.base.tiny, config.template)
-    return open_folder(config.base)

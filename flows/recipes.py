@@ -15,7 +15,6 @@ RECIPES = {
     "autoif": ("flows.autoif", "AutoIF", "autoif"),
     "instruct_tuning": ("flows.instruct_tuning", "InstructTuning", "instruct_tuning"),
 }
-COMING: tuple[str, ...] = ()
 
 
 class Recipe:
@@ -24,8 +23,7 @@ class Recipe:
     def __init__(self, path: Path, overrides: list[str] | None = None) -> None:
         preset = Preset(path, overrides or ())
         if preset.recipe not in RECIPES:
-            coming = " (it comes with a later version)" if preset.recipe in COMING else ""
-            raise PresetError(f"{path}: recipe is {preset.recipe!r}{coming}; this version has: {', '.join(RECIPES)}")
+            raise PresetError(f"{path}: recipe is {preset.recipe!r}; this version has: {', '.join(RECIPES)}")
         module_name, config_name, flow_name = RECIPES[preset.recipe]
         with importing_prefect():
             module = importlib.import_module(module_name)
