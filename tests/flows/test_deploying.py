@@ -1,6 +1,7 @@
 """Deployments: what `ratchet deploy` makes of presets, and that it may be given again."""
 
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -71,46 +72,57 @@ def test_deploying_without_a_server_is_a_wrong_configuration(monkeypatch: pytest
     assert "PREFECT_API_URL is not set" in ran.output
 
 
+@pytest.fixture
+def deploying(prefect: str) -> Iterator[str]:
+    """The server, rid of deployments afterwards, for schedules make runs that other tests would meet."""
+    yield prefect
+    for one in httpx.post(f"{prefect}/deployments/filter", json={}).json():
+        assert httpx.delete(f"{prefect}/deployments/{one['id']}").status_code == 204
+    scheduled = {"flow_runs": {"state": {"type": {"any_": ["SCHEDULED"]}}}}
+    for run in httpx.post(f"{prefect}/flow_runs/filter", json=scheduled).json():
+        assert httpx.delete(f"{prefect}/flow_runs/{run['id']}").status_code == 204
+
+
 @pytest.mark.flow
-def test_deploying_twice_changes_nothing_and_keeps_what_people_have_set(prefect: str) -> None:
+def test_deploying_twice_changes_nothing_and_keeps_what_people_have_set(deploying: str) -> None:
     first = list(deploy([SMOKE], pool="tested", at_once=1, cron=None))
     assert [one.what for one in first] == ["work pool", "automation", "deployment"]
-    found = deployed(prefect)
+    found = deployed(deploying)
     assert found["concurrency_options"]["collision_strategy"] == "ENQUEUE"
     assert found["global_concurrency_limit"]["limit"] == 1
     (schedule,) = found["schedules"]
     assert (schedule["schedule"]["cron"], schedule["active"]) == ("0 2 * * *", False)
-    switched = httpx.patch(f"{prefect}/deployments/{found['id']}/schedules/{schedule['id']}", json={"active": True})
+    switched = httpx.patch(f"{deploying}/deployments/{found['id']}/schedules/{schedule['id']}", json={"active": True})
     assert switched.status_code == 204
-    pool = httpx.patch(f"{prefect}/work_pools/tested", json={"concurrency_limit": 3})
+    pool = httpx.patch(f"{deploying}/work_pools/tested", json={"concurrency_limit": 3})
     assert pool.status_code == 204
 
     second = list(deploy([SMOKE], pool="tested", at_once=1, cron=None))
     assert all(one.existed for one in second)
-    again = deployed(prefect)
+    again = deployed(deploying)
     assert again["id"] == found["id"]
     assert [(one["schedule"]["cron"], one["active"]) for one in again["schedules"]] == [("0 2 * * *", True)]
-    assert httpx.get(f"{prefect}/work_pools/tested").json()["concurrency_limit"] == 3
-    automations = httpx.post(f"{prefect}/automations/filter", json={"automations": {"name": {"any_": [DEAD_RUNS]}}})
+    assert httpx.get(f"{deploying}/work_pools/tested").json()["concurrency_limit"] == 3
+    automations = httpx.post(f"{deploying}/automations/filter", json={"automations": {"name": {"any_": [DEAD_RUNS]}}})
     assert len(automations.json()) == 1
 
     list(deploy([SMOKE], pool="tested", at_once=1, cron="30 4 * * 1"))
-    assert [(one["schedule"]["cron"], one["active"]) for one in deployed(prefect)["schedules"]] == [
+    assert [(one["schedule"]["cron"], one["active"]) for one in deployed(deploying)["schedules"]] == [
         ("30 4 * * 1", True)
     ]
 
 
 @pytest.mark.flow
-def test_the_server_refuses_parameters_that_the_form_does_not_allow(prefect: str) -> None:
+def test_the_server_refuses_parameters_that_the_form_does_not_allow(deploying: str) -> None:
     list(deploy([SMOKE], pool="tested", at_once=1, cron=None))
-    found = deployed(prefect)
+    found = deployed(deploying)
     config = found["parameters"]["config"]
     for change, told in (
         ({"iterations": 0}, "less than the minimum of 1"),
         ({"iteration": 3}, "iteration"),
         ({"demonstrations": "some"}, "is not one of"),
     ):
-        url = f"{prefect}/deployments/{found['id']}/create_flow_run"
+        url = f"{deploying}/deployments/{found['id']}/create_flow_run"
         answer = httpx.post(url, json={"parameters": {"config": {**config, **change}}})
         assert answer.status_code in (409, 422), change
         assert told in answer.text
@@ -118,9 +130,9 @@ def test_the_server_refuses_parameters_that_the_form_does_not_allow(prefect: str
 
 
 @pytest.mark.flow
-def test_runs_of_an_image_are_kubernetes_jobs_with_a_gpu_and_the_home_on_a_claim(prefect: str) -> None:
+def test_runs_of_an_image_are_kubernetes_jobs_with_a_gpu_and_the_home_on_a_claim(deploying: str) -> None:
     list(deploy([SMOKE], pool="cluster", at_once=4, cron=None, image="registry.example/ratchet:cuda"))
-    found, pool = deployed(prefect), httpx.get(f"{prefect}/work_pools/cluster").json()
+    found, pool = deployed(deploying), httpx.get(f"{deploying}/work_pools/cluster").json()
     assert found["job_variables"]["image"] == "registry.example/ratchet:cuda"
     assert found["job_variables"]["env"]["RATCHET_HOME"] == "/ratchet-home"
     assert (pool["type"], pool["concurrency_limit"]) == ("kubernetes", 4)
