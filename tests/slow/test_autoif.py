@@ -1,6 +1,7 @@
 """The tiny preset with vLLM, TRL and the sandbox: held-out instructions are followed more often than before."""
 
 import time
+from itertools import pairwise
 
 import pytest
 
@@ -20,7 +21,9 @@ def test_the_tiny_preset_raises_the_pass_rate_of_held_out_instructions(monkeypat
     started = time.monotonic()
     autoif.fn(config)
     assert time.monotonic() - started < MOST_SECONDS
-    base, trained = Experiment(config.experiment).iterations()
-    assert trained.promoted and trained.decision is not None
-    assert trained.decision["p_value"] < 0.001
-    assert trained.metrics["mean@1"]["low"] > base.metrics["mean@1"]["high"]
+    records = Experiment(config.experiment).iterations()
+    assert [record.iteration for record in records] == [0, 1, 2]
+    for before, trained in pairwise(records):
+        assert trained.promoted and trained.decision is not None
+        assert trained.decision["p_value"] < 0.001
+        assert trained.metrics["mean@1"]["low"] > before.metrics["mean@1"]["high"]
