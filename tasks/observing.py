@@ -42,7 +42,7 @@ if TYPE_CHECKING:  # it imports this module
 
 log = logging.getLogger("ratchet")
 
-SETTLE_SECONDS = 15.0
+SETTLE_SECONDS = 30.0  # the server is slow to note what it was told while other processes keep the machine busy
 PROGRESS_SECONDS = 5.0  # between two updates of a progress artifact
 BEGUN = [StateType.PENDING, StateType.RUNNING]
 ENDED = ["COMPLETED", "FAILED", "CRASHED", "CANCELLED"]
