@@ -243,7 +243,7 @@ def start_task(
     if FlowRunContext.get() is not None:
         return _start_in_prefect(body, name=name, shard=shard, reads=reads, retry_on=retry_on)
     if pool is not None:
-        return pool.submit(copy_context().run, lambda: (_with_retries(body, retry_on) if retry_on else body()).value)
+        return pool.submit(copy_context().run, lambda: (with_retries(body, retry_on) if retry_on else body()).value)
     done: Future[Any] = Future()
     done.set_result(body().value)
     return done
@@ -330,17 +330,17 @@ def _start_in_prefect(
     return task.submit(wrapped, list(reads))  # type: ignore[return-value]  # its future has the same result()
 
 
-def _with_retries(body: Callable[[], Outcome], retry_on: type[Exception]) -> Outcome:
-    """What Prefect does for a task, where there is no Prefect."""
+def with_retries(call: Callable[[], T], retry_on: type[Exception]) -> T:
+    """What Prefect does for a task, for a single call or where there is no Prefect: the last failure is raised."""
     for delay in RETRY_DELAYS_SECONDS:
         try:
-            return body()
+            return call()
         except retry_on as error:
             raise_if_stopping()
             log.warning("trying again in %g s: %s", delay, error)
         stopping.wait(delay)
         raise_if_stopping()
-    return body()
+    return call()
 
 
 def _retry_condition(retry_on: type[Exception]) -> Callable[[Any, Any, Any], bool]:

@@ -8,7 +8,6 @@ import logging
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextvars import copy_context
 from itertools import chain, islice
 from typing import NamedTuple
 
@@ -20,12 +19,12 @@ from storage.datasets import DatasetRef, read_rows, write_rows
 from storage.rows import Comparison, Pair
 from tasks import comparisons as rules
 from tasks.asks import AnyAsk, LabelsAsk, LikelihoodAsk, PairwiseAsk, RewardAsk, ScoresAsk
-from tasks.caching import RETRY_DELAYS_SECONDS, log_counts, step
+from tasks.caching import log_counts, step, with_retries
 from tasks.comparisons import Labelling, Verdict
 from tasks.judgements import confidence, judge_prompt
 from tasks.judging import JudgeError
 from tasks.playing import NothingToLearn
-from tasks.serving import give_back_accelerator, local_model, raise_if_stopping, serve, stopping
+from tasks.serving import give_back_accelerator, local_model, raise_if_stopping, serve
 
 CALLS_AT_ONCE = 128  # threads that share the engine, so that its batch stays full
 SHOWN = 3  # pairs quoted in an error
@@ -184,17 +183,13 @@ def _verdict(asks: AnyAsk, one: Told, other: Told) -> Verdict:
 
 def _ask(hearing: Hearing, question: tuple[str, str, str]) -> Told:
     """One question; an engine that dies is started afresh, one that stays away and what it refuses is told."""
-    for delay in (*RETRY_DELAYS_SECONDS, None):
-        raise_if_stopping()
-        try:
-            return Told(_answer(hearing, *question), "")
-        except EngineConfigurationError as error:
-            return Told(None, f"not scored: {error}")
-        except EngineError as error:
-            if delay is None:
-                return Told(None, f"engine error: {error}")
-            stopping.wait(delay)
-    raise AssertionError("the last attempt returns or raises")
+    raise_if_stopping()
+    try:
+        return Told(with_retries(lambda: _answer(hearing, *question), EngineError), "")
+    except EngineConfigurationError as error:
+        return Told(None, f"not scored: {error}")
+    except EngineError as error:
+        return Told(None, f"engine error: {error}")
 
 
 def _answer(hearing: Hearing, prompt: str, first: str, second: str) -> float | None:
@@ -231,7 +226,7 @@ def _by_reward_model(rows: list[Pair], hearing: Hearing, asks: RewardAsk) -> Ite
         dict.fromkeys(text for row in rows for text in ((row.prompt, row.chosen), (row.prompt, row.rejected)))
     )
     give_back_accelerator()
-    local, context = local_model(hearing.judge), copy_context()
+    local = local_model(hearing.judge)
     job = RewardJob(
         weights=local.weights,
         revision=hearing.judge.revision,
@@ -241,7 +236,7 @@ def _by_reward_model(rows: list[Pair], hearing: Hearing, asks: RewardAsk) -> Ite
         texts=texts,
         **asks.model_dump(include={"max_length", "batch_size", "precision"}),
     )
-    scores = dict(zip(texts, score_in_child(job, lambda line: context.copy().run(log.info, "%s", line)), strict=True))
+    scores = dict(zip(texts, score_in_child(job, lambda line: log.info("%s", line)), strict=True))
     log_counts({"asked": len(texts)})
     return (
         rules.bradley_terry(scores[(row.prompt, row.chosen)], scores[(row.prompt, row.rejected)], TOO_LONG)

@@ -16,10 +16,10 @@ from storage.datasets import DatasetRef, read_rows, write_rows
 from storage.rows import JudgedRollout, Rollout, derive
 from tasks import judgements as rules
 from tasks.answers import answers_disagree, extract_answer
-from tasks.caching import RETRY_DELAYS_SECONDS, log_counts, step
+from tasks.caching import log_counts, step, with_retries
 from tasks.drawing import Meter
 from tasks.judgements import JUDGED, NO_LABEL, Asking, Judge
-from tasks.serving import raise_if_stopping, serve, stopping
+from tasks.serving import raise_if_stopping, serve
 
 CALLS_AT_ONCE = 128  # threads that share the engine, so that its batch stays full
 SHOWN = 3  # rollouts quoted in an error
@@ -139,19 +139,12 @@ def _probes(policy: ModelRef, asking: Asking, engine: EngineSettings) -> list[li
 def _ask(policy: ModelRef, asking: Asking, engine: EngineSettings, prompt: str, completion: str) -> Asked:
     """Log-probs of both labels; an engine that dies is started afresh, a rollout it refuses is told."""
     messages, labels = _messages(asking, prompt, completion), asking.labels
-    for delay in (*RETRY_DELAYS_SECONDS, None):
-        raise_if_stopping()
-        try:
-            positive, negative = serve(policy, engine).score(messages, labels)
-        except EngineConfigurationError as error:
-            return Asked(None, f"not scored: {error}")
-        except EngineError:
-            if delay is None:
-                raise
-            stopping.wait(delay)
-        else:
-            return Asked((sum(positive), sum(negative)), JUDGED)
-    raise AssertionError("the last attempt returns or raises")
+    raise_if_stopping()
+    try:
+        positive, negative = with_retries(lambda: serve(policy, engine).score(messages, labels), EngineError)
+    except EngineConfigurationError as error:
+        return Asked(None, f"not scored: {error}")
+    return Asked((sum(positive), sum(negative)), JUDGED)
 
 
 def _messages(asking: Asking, prompt: str, completion: str) -> tuple[dict[str, str], ...]:

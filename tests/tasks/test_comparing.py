@@ -9,7 +9,7 @@ from models.engine import Completion, EngineConfigurationError, EngineError, Mes
 from models.specs import Fake, ModelRef, OpenAI, PromptTemplate, Sampling
 from storage.datasets import DatasetRef, read_rows, write_rows
 from storage.rows import Comparison, Pair
-from tasks import comparing
+from tasks import caching, comparing
 from tasks.asks import Asks, LabelsAsk, LikelihoodAsk, PairwiseAsk, RewardAsk, ScoresAsk
 from tasks.comparing import compare_pairs, estimate_flip_rate, relabel_pairs
 from tasks.comparisons import Labelling
@@ -63,7 +63,7 @@ def pairs(*prompt_ids: str) -> DatasetRef:
 
 def judged(monkeypatch: pytest.MonkeyPatch, engine: Scripted, ref: DatasetRef, asks: Asks) -> list[Comparison]:
     monkeypatch.setattr(comparing, "serve", lambda *_: engine)
-    monkeypatch.setattr(comparing, "RETRY_DELAYS_SECONDS", (0, 0))
+    monkeypatch.setattr(caching, "RETRY_DELAYS_SECONDS", (0, 0))
     asks_: Any = asks
     return list(read_rows(compare_pairs(JUDGE, ref, asks_, TEMPLATE, ENGINE, "FINAL ANSWER:"), Comparison))
 

@@ -15,7 +15,7 @@ from storage.datasets import DatasetRef, read_rows, write_rows
 from storage.experiments import StepRecord
 from storage.hub import Source
 from storage.rows import Calibration, Demonstration, JudgedRollout, Prompt, Rollout, ScoredRollout
-from tasks import judging
+from tasks import caching
 from tasks.calibrating import calibrate, check_judge, evaluate_judgements
 from tasks.calibrations import JudgeGate
 from tasks.evaluating import evaluate_answers
@@ -79,7 +79,7 @@ def test_judging_tells_how_far_it_is() -> None:
 
 
 def test_shards_that_are_done_are_not_judged_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(judging, "RETRY_DELAYS_SECONDS", (0.0,))
+    monkeypatch.setattr(caching, "RETRY_DELAYS_SECONDS", (0.0,))
     drawn = rollouts()
     last = next(iter(reversed(list(read_rows(load_prompts(SUMS, ()), Prompt)))))
     with pytest.raises(Exception, match="told to die"):
