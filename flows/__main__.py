@@ -8,6 +8,7 @@ import logging
 import os
 import shlex
 import signal
+import sys
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
 from pathlib import Path
@@ -17,12 +18,14 @@ from typing import Annotated
 import typer
 
 from flows import exporting, inspecting, measuring
-from flows.console import HomeOption, JsonOption, err, fail, out, print_json, use_home
+from flows.console import HomeOption, JsonOption, err, fail, name_home, out, print_json, use_home
 from flows.presets import PresetError
 from flows.recipes import Recipe
 from flows.server import ServerError, announced, importing_prefect, private_server, private_worker, served_address
 from flows.terminal import Lines, iteration_tables, plan_table, published_table, yield_table
 from storage.experiments import Experiment
+from storage.leases import LeaseLostError
+from storage.stores import StoreError
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__)
 
@@ -129,7 +132,7 @@ app.command()(measuring.view_logprobs)
 @app.command()
 def doctor(home_: HomeOption = None, json_: JsonOption = False) -> None:
     """Whether this machine has what a run needs, each thing with what to do about it."""
-    use_home(home_)
+    name_home(home_)
     from flows.doctor import examine
 
     findings = examine()
@@ -213,7 +216,11 @@ def main() -> None:
     logging.getLogger("ratchet").setLevel(
         min(logging.INFO, terminal.level)
     )  # Prefect's log gets more than the terminal
-    app()
+    try:
+        app()
+    except (StoreError, LeaseLostError) as error:
+        err.print(str(error), style="red", markup=False)
+        sys.exit(1)
 
 
 def _run_flow(recipe: Recipe, *, plainly: bool, advance: bool) -> None:

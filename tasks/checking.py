@@ -22,8 +22,9 @@ from models.specs import (
     Sampling,
     Scripted,
 )
-from storage.home import home
+from storage.home import home, home_name
 from storage.hub import Source
+from storage.opening import what_is_wrong_with_store
 from tasks.benchmarking import benchmark_faults
 from tasks.benchmarks import Benchmarks
 from tasks.blending import Mixture, faults_of, first_prompt
@@ -150,12 +151,14 @@ def _rendered(ref: ModelRef | None, template: PromptTemplate, prompt: str) -> st
 
 
 def _home_faults() -> Iterator[str]:
+    if wrong := what_is_wrong_with_store():
+        yield wrong
     nearest = next(parent for parent in (home(), *home().parents) if parent.exists())
     try:
         tempfile.TemporaryDirectory(dir=nearest).cleanup()
     except OSError as error:
         yield (
-            f"the home {home()} cannot be written ({error.strerror}); "
+            f"the home {home_name()} cannot be written ({error.strerror}); "
             "name another with --home or RATCHET_HOME, or make it writable"
         )
 

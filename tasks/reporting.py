@@ -8,8 +8,8 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from storage.committing import put_file
 from storage.datasets import DatasetError, DatasetRef, read_rows
-from storage.durable import put_file
 from storage.experiments import Experiment, IterationRecord
 from storage.rows import ScoredRollout
 from tasks.observing import publish_markdown
