@@ -125,7 +125,7 @@ def _download(store: Store, name: str, path: Path, size: int, sha256: str | None
 
 def _put_in_place(path: Path, fill: Callable[[Path], bool]) -> bool:
     path.parent.mkdir(parents=True, exist_ok=True)
-    attempt = path.with_name(attempt_name())
+    attempt = home() / attempt_name()
     try:
         if not fill(attempt):
             return False

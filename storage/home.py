@@ -53,5 +53,7 @@ def _working_copy(url: str) -> Path:
     url = url.rstrip("/")
     caches = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     root = Path(os.environ.get("RATCHET_CACHE") or Path(caches) / "ratchet").absolute()
-    readable = re.sub(r"[^A-Za-z0-9]+", "-", url.partition("@")[2] or url).strip("-")[:60]
+    parts = urlsplit(url)
+    plain = f"{parts.scheme}-{parts.netloc.rpartition('@')[2]}{parts.path}"
+    readable = re.sub(r"[^A-Za-z0-9]+", "-", plain).strip("-")[:60]
     return root / f"{readable}-{hashlib.sha256(url.encode()).hexdigest()[:12]}"

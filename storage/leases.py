@@ -147,7 +147,7 @@ def _acquire(store: Store, name: str, wait_seconds: float | None) -> Lease:
                 return lease
             continue
         if wait_seconds is not None and time.monotonic() - started >= wait_seconds:
-            raise LeaseHeldError(_holder(seen.content))
+            raise LeaseHeldError(f"{_holder(seen.content)}, which is taken for dead {SECONDS:g} s after its last sign,")
         if not told:
             logger.info("waiting for %r, locked by %s", name, _holder(seen.content))
         told = True

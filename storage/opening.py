@@ -18,7 +18,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from storage.committing import IDENTITY, pieces_of, push_unpushed, unpushed
-from storage.durable import attempt_name
+from storage.durable import attempt_name, remove_stale_attempts
 from storage.fetching import MANIFEST, name_of, write_copy
 from storage.home import home, home_url
 from storage.leases import is_leased_beside
@@ -42,6 +42,7 @@ def open_home() -> None:
     assert store is not None
     with _alone():
         store.names("locks", patient=False)  # else a store that is not there would be waited for
+        remove_stale_attempts(home())  # of what was being fetched
         push_unpushed()
         here, waiting = set(_things()), unpushed()  # in this order: what is here and not noted is in the store, or was
         stored = store.names()
@@ -58,6 +59,7 @@ def what_is_wrong_with_store() -> str | None:
     try:
         if (store := current_store()) is None:
             return None
+        store.names("locks", patient=False)
         if not store.create(name, b"one"):
             return f"{store.url} refuses a new object"
         try:
@@ -168,8 +170,9 @@ def _read(path: Path) -> bytes | None:
 @contextmanager
 def _alone() -> Iterator[None]:
     """One process of this machine at a time opens this working copy."""
-    home().mkdir(parents=True, exist_ok=True)
-    descriptor = os.open(home() / ".opening", os.O_RDWR | os.O_CREAT, 0o644)
+    file = home() / "locks" / "opening.lock"
+    file.parent.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(file, os.O_RDWR | os.O_CREAT, 0o644)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX)
         yield
