@@ -32,6 +32,7 @@ REPLACE = "replace"  # content of a note: what the store has under that name goe
 LINES_A_PIECE = 200  # of steps.jsonl in the store; a piece is written again with each line it gets
 
 _lines = threading.Lock()
+_written: dict[str, int] = {}  # bytes of each piece that this process has uploaded
 
 
 def put_file(path: Path, text: str, *, replace: bool) -> bool:
@@ -93,7 +94,10 @@ def append_line(file: Path, line: str) -> None:
     with _lines:
         pieces = pieces_of(file.read_bytes())
         for number in range(max(0, len(pieces) - 2), len(pieces)):  # the last, and one that it has just left behind
-            store.write(f"{name.removesuffix('.jsonl')}/{number:05}.jsonl", pieces[number])
+            piece = f"{name.removesuffix('.jsonl')}/{number:05}.jsonl"
+            if _written.get(f"{store.url}/{piece}") != len(pieces[number]):
+                store.write(piece, pieces[number])
+                _written[f"{store.url}/{piece}"] = len(pieces[number])
 
 
 def remove(path: Path) -> None:

@@ -9,6 +9,7 @@ it is read.
 
 import inspect
 import logging
+import os
 import time
 from collections.abc import Callable, Iterable, Mapping
 from datetime import datetime
@@ -187,11 +188,11 @@ class Store:
 def current_store() -> Store | None:
     """The store of the present home; None: the home is a folder."""
     url = home_url()
-    return None if url is None else _opened(url)
+    return None if url is None else _opened(url, os.getpid())
 
 
 @lru_cache(maxsize=8)
-def _opened(url: str) -> Store:
+def _opened(url: str, _process: int) -> Store:  # a fork cannot go on with its parent's connections
     return Store(url)
 
 

@@ -16,6 +16,7 @@ from storage.locks import LockedError, exclusive
 from storage.stores import StoreError
 from tests.storage.machines import store, unreachable
 
+pytestmark = pytest.mark.flow  # seconds each: leases have to run out
 ROOT = Path(__file__).parents[2]
 HOLD = """
 import sys
@@ -92,7 +93,7 @@ def test_a_holder_that_was_taken_over_writes_no_more_and_names_who_did(monkeypat
         taken = json.loads(store().read(FIRST) or b"") | {"pid": 8, "host": "far", "token": "other"}
         store().create(FIRST.replace("1.json", "2.json"), json.dumps(taken).encode())
         time.sleep(2.1)
-        with pytest.raises(LeaseLostError, match="taken over by process 8 on far .* writes no more"):
+        with pytest.raises(LeaseLostError, match=r"taken over by process 8 on far .* writes no more"):
             check_leases()
     check_leases()
     assert not json.loads(store().read(FIRST.replace("1.json", "2.json")) or b"")["released"]

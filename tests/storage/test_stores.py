@@ -118,5 +118,5 @@ def test_a_folder_can_be_a_store_and_a_home_that_is_a_folder_opens_none(
     assert there.create("locks/a/1.json", b"1")
     assert not there.create("locks/a/1.json", b"2")
     assert set(there.names("locks")) == {"locks/a/1.json"}
-    monkeypatch.setattr(stores, "_opened", lambda url: pytest.fail(f"opened {url}"))
+    monkeypatch.setattr(stores, "_opened", lambda url, _: pytest.fail(f"opened {url}"))
     assert stores.current_store() is None
