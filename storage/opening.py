@@ -42,11 +42,11 @@ def open_home() -> None:
     assert store is not None
     with _alone():
         store.names("locks", patient=False)  # else a store that is not there would be waited for
+        _check_identity(store)
         remove_stale_attempts(home())  # of what was being fetched
         push_unpushed()
         here, waiting = set(_things()), unpushed()  # in this order: what is here and not noted is in the store, or was
         stored = store.names()
-        _check_identity(store, stored)
         _remove_gone(here - waiting, stored)
         _fetch_small(store, stored)
         for name in sorted({*_experiments_of(stored), *(path.name for path in home().glob("experiments/[!.]*"))}):
@@ -75,8 +75,8 @@ def what_is_wrong_with_store() -> str | None:
     return told
 
 
-def _check_identity(store: Store, stored: Mapping[str, Stored]) -> None:
-    here, there = home() / IDENTITY, store.read(IDENTITY) if IDENTITY in stored else None
+def _check_identity(store: Store) -> None:
+    here, there = home() / IDENTITY, store.read(IDENTITY)
     if not here.exists():
         if there is not None:
             write_copy(here, there)

@@ -20,14 +20,22 @@ from tests.faults.harness import KILLED, PLAIN, SMALL, Driver, Place, check_reco
 pytestmark = [pytest.mark.flow, pytest.mark.timeout(180)]
 
 CHOSEN = {
-    "between a ledger part's rename and its upload": Kill("before", "store.upload", "ledger/*/part-*", 3),
     "between data files and manifest": Kill("before", "store.upload", "datasets/scored/*/manifest.json", 2),
-    "between a data set and its step record": Kill("before", "store.create", "steps/score_answers/*", 3),
     "between a step record's upload and its note": Kill("after", "store.create", "steps/train_sft/*"),
-    "between a checkpoint's files and its manifest": Kill("before", "store.upload", "models/*/manifest.json"),
     "while a step's lease is taken": Kill("after", "store.create", "locks/step-*", 9),
-    "before the record of an iteration": Kill("before", "store.upload", "experiments/small/iterations/*", 2),
 }
+MORE = {
+    "between a ledger part's rename and its upload": Kill("before", "store.upload", "ledger/*/part-*", 3),
+    "between a data set and its step record": Kill("before", "store.create", "steps/score_answers/*", 3),
+    "between a checkpoint's files and its manifest": Kill("before", "store.upload", "models/*/manifest.json"),
+    "before the record of an iteration": Kill("before", "store.upload", "experiments/small/iterations/*", 2),
+    "while the lines of steps are uploaded": Kill("before", "store.write", "experiments/small/steps/*", 20),
+    "before the experiment's state at the end": Kill("before", "store.upload", "experiments/small/state.json", 2),
+}
+
+
+def slow(kills: dict[str, Kill]) -> list[Any]:
+    return [pytest.param(kill, id=name, marks=pytest.mark.slow) for name, kill in kills.items()]
 
 
 @dataclass
@@ -76,7 +84,7 @@ def until(condition: Callable[[], object], what: str, patience: float = 30.0) ->
         time.sleep(0.05)
 
 
-@pytest.mark.parametrize("kill", CHOSEN.values(), ids=CHOSEN)
+@pytest.mark.parametrize("kill", [*(pytest.param(kill, id=name) for name, kill in CHOSEN.items()), *slow(MORE)])
 def test_a_machine_that_dies_is_made_up_for_by_another(
     kill: Kill, driver: Driver, far: FarPlace, unbroken: dict[str, Any]
 ) -> None:
@@ -100,7 +108,10 @@ def test_a_machine_that_comes_back_loses_nothing_that_its_disk_has(
     check_recovery(far, on_disk, driver.run(far), unbroken)
 
 
-def test_a_lost_working_copy_costs_nothing_but_fetching(driver: Driver, far: FarPlace, unbroken: dict[str, Any]) -> None:
+@pytest.mark.slow  # tests/flows/test_object_store.py does it with a larger run, and looks less closely
+def test_a_lost_working_copy_costs_nothing_but_fetching(
+    driver: Driver, far: FarPlace, unbroken: dict[str, Any]
+) -> None:
     assert driver.run(far).status == 0
     whole = stored(far.home)
     assert whole == unbroken
