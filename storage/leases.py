@@ -25,7 +25,7 @@ import threading
 import time
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any
@@ -198,6 +198,8 @@ def _renew(lease: Lease) -> None:
         if newer:
             content = lease.store.read(max(newer))
             lease.lost = f"it was taken over by {_holder(json.loads(content)) if content else 'another process'}"
+            with suppress(StoreError):
+                lease.store.remove([_object(lease.name, lease.generation)])
             return
         lease.valid_until = sent + lease.content["seconds"] - SLACK_SECONDS
 

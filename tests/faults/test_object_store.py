@@ -1,6 +1,7 @@
 """kill -9 with the home in an object store: another machine, with a working copy of its own, ends as if nothing had
 happened, and draws nothing twice that was in the store. Machines are working copies here, all on this one."""
 
+import json
 import os
 import shutil
 import signal
@@ -15,7 +16,18 @@ import pytest
 
 from storage.stores import Store
 from tests.faults.driver import Kill
-from tests.faults.harness import KILLED, PLAIN, SMALL, Driver, Place, check_recovery, in_ledger, started, stored
+from tests.faults.harness import (
+    AT_ONCE,
+    KILLED,
+    PLAIN,
+    SMALL,
+    Driver,
+    Place,
+    check_recovery,
+    in_ledger,
+    started,
+    stored,
+)
 
 pytestmark = [pytest.mark.flow, pytest.mark.timeout(180)]
 
@@ -158,3 +170,28 @@ def test_two_machines_and_two_homes_at_once_end_as_each_does_alone(far: FarPlace
     for what in ("datasets", "models", "steps"):
         assert shared[what] == unbroken[what]
     assert set(in_ledger(runs[0][0].home)) == set(unbroken["ledger"])
+
+
+@pytest.mark.slow
+def test_a_machine_that_slept_while_another_took_over_writes_nothing_when_it_wakes(
+    driver: Driver, far: FarPlace, unbroken: dict[str, Any]
+) -> None:
+    short = AT_ONCE | {"storage.leases.SECONDS": 3.0, "storage.leases.SLACK_SECONDS": 1.0}
+    settings = {"FAULT_SETTINGS": json.dumps(short)}
+    with started(far, SMALL, PLAIN, "--set", "engine.seconds_per_request=0.05", **settings) as first:
+        until(lambda: Store(far.url).names("ledger"), "the first run's first rows")
+        first.send_signal(signal.SIGSTOP)
+        time.sleep(5.0)
+        far.machine = "two"
+        again = driver.run(far, **settings)
+        assert again.status == 0, again.output[-2000:]
+        left = Store(far.url).names()
+        first.send_signal(signal.SIGCONT)
+        output, _ = first.communicate(timeout=60)
+    assert first.returncode == 1, output
+    assert "this process has lost the lock 'experiment-small': it was taken over by process" in output
+    assert "Run the same command again once the other is done" in output
+    assert {name: one.etag for name, one in Store(far.url).names().items()} == {
+        name: one.etag for name, one in left.items()
+    }
+    assert stored(far.home) == unbroken
