@@ -102,13 +102,14 @@ def _in_store(stored: Mapping[str, Stored]) -> dict[str, Stored]:
 def _left_in_store(stored: Mapping[str, Stored], sizes: Mapping[str, Stored]) -> Iterator[Garbage]:
     """Uploads that were killed before their manifest, and leases that nobody has renewed for a day."""
     for name, one in sizes.items():
-        if name.startswith(("datasets/", "models/")) and f"{name}/{MANIFEST}" not in stored:
+        ours = name.startswith(("datasets/", "models/")) and _DIGEST.fullmatch(name.rpartition("/")[2])
+        if ours and f"{name}/{MANIFEST}" not in stored:
             days = _days_since(one.modified)
             if days >= _ATTEMPT_DAYS:
                 yield Garbage("unfinished", name, one.bytes, days, "whoever uploaded it is gone")
     for name, one in stored.items():
         days = _days_since(one.modified)
-        if name.startswith(("locks/step-", "locks/.", ".")) and days >= _ATTEMPT_DAYS:
+        if name.startswith(("locks/step-", "locks/.clock-", ".probe-")) and days >= _ATTEMPT_DAYS:
             yield Garbage("lock", name, one.bytes, days, "nobody holds it")
 
 

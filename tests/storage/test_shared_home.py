@@ -261,6 +261,7 @@ def test_garbage_is_removed_from_the_store_and_so_from_every_working_copy() -> N
 def test_uploads_and_leases_that_nobody_touched_for_a_day_are_garbage(monkeypatch: pytest.MonkeyPatch) -> None:
     with machine("one"):
         store().write(f"models/{DIGEST}/weights", b"12345")
+        store().write("models/README", b"not ours to remove")
         store().write("locks/step-x/000000000001.json", b"{}")
         some_rows()
         now = time.time()
@@ -270,7 +271,7 @@ def test_uploads_and_leases_that_nobody_touched_for_a_day_are_garbage(monkeypatc
             ("unfinished", f"models/{DIGEST}"),
             ("lock", "locks/step-x/000000000001.json"),
         ]
-        assert set(store().names()) == {"home.json"}
+        assert set(store().names()) == {"home.json", "models/README"}
 
 
 def test_a_bucket_that_was_emptied_takes_nothing_away_from_this_machine() -> None:
