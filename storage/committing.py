@@ -10,6 +10,7 @@ import contextlib
 import json
 import logging
 import threading
+import time
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -29,6 +30,7 @@ CHANGING = ("experiments/", "views/")  # what may be written again under its nam
 IDENTITY = "home.json"
 UNPUSHED = "unpushed"
 REPLACE = "replace"  # content of a note: what the store has under that name goes
+NOTED_SECONDS = 86_400.0  # whoever noted it may yet commit it
 LINES_A_PIECE = 200  # of steps.jsonl in the store; a piece is written again with each line it gets
 
 _lines = threading.Lock()
@@ -131,7 +133,7 @@ def push_unpushed(below: str = "") -> None:
                 _push_folder(path)
             elif path.is_file():
                 _push(path, replace=replace)
-            elif below == "":  # killed before it was committed
+            elif time.time() - mark.stat().st_mtime > NOTED_SECONDS:  # killed before it was committed
                 mark.unlink()
 
 

@@ -137,6 +137,20 @@ def test_what_the_network_kept_from_the_store_is_there_once_the_machine_starts_a
         assert Ledger(KEY).present() == {"a": 1}
 
 
+def test_what_a_process_is_about_to_commit_stays_noted_while_another_opens_the_home(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    with machine("one"):
+        folder = Ledger(KEY).folder
+        with unreachable(monkeypatch, "upload"), committing.new_file(folder / "part-1.parquet") as attempt:
+            open_home()
+            attempt.write_bytes(b"rows")
+        assert f"ledger/{folder.name}/part-1.parquet" not in store().names()
+        open_home()
+        assert f"ledger/{folder.name}/part-1.parquet" in store().names()
+        assert committing.unpushed() == set()
+
+
 def test_of_two_records_under_one_key_the_first_in_the_store_stands_on_both_machines() -> None:
     with machine("one"), machine("two"):
         pass
