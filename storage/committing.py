@@ -165,13 +165,16 @@ def _push(path: Path, *, replace: bool) -> bool:
         return True
     check_leases()
     _claim(store)
-    stands: bytes | None = None
+    is_ours = replace or store.create(name, path.read_bytes())
     if replace:
         store.upload(path, name)
-    elif not store.create(name, path.read_bytes()) and (stands := store.read(name)) is not None:
+    elif not is_ours:
+        stands = store.read(name)
+        if stands is None:  # removed since; the note stays, and the next opening uploads ours
+            return True
         write_copy(path, stands)
     _mark(name).unlink(missing_ok=True)
-    return stands is None
+    return is_ours
 
 
 def _push_folder(folder: Path) -> None:
