@@ -4,7 +4,6 @@ Each benchmark is a step of its own, so that a failed one does not take the othe
 """
 
 import os
-import time
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from functools import partial
@@ -20,8 +19,8 @@ from storage.digests import file_sha256
 from storage.rows import BenchmarkMetric, BenchmarkSample
 from tasks.benchmarks import KNOWN, Benchmark, Benchmarks, figures
 from tasks.caching import log_counts, step
+from tasks.drawing import Meter
 from tasks.planning import current_plan
-from tasks.recording import Progress, announce, current_iteration
 from tasks.serving import raise_if_stopping, serve
 
 
@@ -41,8 +40,15 @@ def evaluate_benchmarks(
     Raises:
         BenchmarkError: a benchmark's documents or libraries are not here; the others' answers are kept.
     """
-    answered = tuple(evaluate_benchmark(policy, template, one, engine) for one in benchmarks.tasks)
+    answered = answer_benchmarks(policy, template, benchmarks, engine)
     return summarise_benchmarks(answered, tuple(notes_of(one) for one in benchmarks.tasks))
+
+
+def answer_benchmarks(
+    policy: ModelRef, template: PromptTemplate, benchmarks: Benchmarks, engine: EngineSettings
+) -> tuple[DatasetRef, ...]:
+    """BenchmarkSample rows of each benchmark, in their order."""
+    return tuple(evaluate_benchmark(policy, template, one, engine) for one in benchmarks.tasks)
 
 
 def evaluate_benchmark(
@@ -180,24 +186,12 @@ def _read(splits: Mapping[str, Path]) -> Mapping[str, harness.Records]:
 
 
 def _answers(task: harness.TaskToRun, served: Engine, template: PromptTemplate | None) -> list[harness.Answer]:
-    last = 0.0
+    meter = Meter(0, 0, task.name, "requests")
 
     def tell(done: int, total: int) -> None:
-        nonlocal last
         raise_if_stopping()
-        if time.monotonic() - last >= 1.0 or done == total:
-            last = time.monotonic()
-            announce(
-                Progress(
-                    step=task.name,
-                    iteration=current_iteration(),
-                    done=done,
-                    total=total,
-                    tokens=0,
-                    reused=0,
-                    unit="requests",
-                )
-            )
+        meter.total = total
+        meter.add(rows=done - meter.done)
 
     return harness.run_task(task, served, template, tell)
 
