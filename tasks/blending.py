@@ -21,6 +21,7 @@ from tasks.chats import ChatColumns, ChatFilter, Content, Origin
 from tasks.contamination import Questions
 from tasks.guarding import Guard, Guarded
 from tasks.licences import doubt_about
+from tasks.selection import same_text
 from tasks.serving import local_model
 
 log = logging.getLogger("ratchet")
@@ -129,7 +130,7 @@ def mix_chats(
         ValueError: a source lacks a column, or none of its rows is left.
     """
     asked = ((row.source, row.prompt) for ref in questions for row in read_rows(ref, Prompt))
-    prompts = {_same(row.prompt) for ref in held_out for row in read_rows(ref, Prompt)}
+    prompts = {same_text(row.prompt) for ref in held_out for row in read_rows(ref, Prompt)}
     blending = _Blending(mixture, Questions(asked), prompts, token_counter(policy) if policy else None)
     if content == "conversations":
         mixed = write_rows(
@@ -183,10 +184,6 @@ def token_counter(policy: ModelRef) -> Callable[[list[str], list[str]], int]:
     return count
 
 
-def _same(text: str) -> str:
-    return " ".join(text.split())
-
-
 class _Blending:
     """One pass over all sources, and what it leaves out."""
 
@@ -235,7 +232,7 @@ class _Blending:
             return NOT_DRAWN
         if identity in self._seen:
             return "stands there more than once"
-        if any(_same(text) in self._held_out for text in texts):
+        if any(same_text(text) in self._held_out for text in texts):
             return "holds a prompt of dev or test"
         if benchmark := next(filter(None, map(self._questions.found_in, texts)), ""):
             return f"holds a question of {benchmark}"
