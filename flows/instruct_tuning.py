@@ -140,12 +140,12 @@ def instruct_tuning(config: InstructTuning, *, advance: bool = False) -> ModelRe
             base = measure(config, open_base(config.base, config.template, config.marker), held_out)
             begin(experiment, base)
         with iteration(1):
-            conversations = blend(config.conversations, guard, base.policy)
+            conversations = blend(config.conversations, guard, base.policy, config.system)
             sft = measure(config, train_sft(base.policy, (conversations,), config.template, config.sft), held_out, base)
             standing = promote(experiment, "SFT", sft, base, config.gate, conversations=conversations)
         if config.preference is not None:
             with iteration(2):
-                pairs = blend(config.preference.pairs, guard, sft.policy)
+                pairs = blend(config.preference.pairs, guard, sft.policy, config.system)
                 training, made_from = choose_loss(config, config.preference, sft.policy, pairs)
                 policy = train_preferences(sft.policy, (pairs,), config.template, training)  # reference: SFT
                 challenger, label = measure(config, policy, held_out, base), f"SFT + {kind_of(training)}"
