@@ -1,4 +1,4 @@
-"""Final answers found and matched per second on one core, against Math-Verify where it is installed.
+"""Final answers found and matched per second on one core, against Math-Verify where `make peers` has put it.
 
     python benchmarks/bench_answers.py [--rows 7473]
 
@@ -9,7 +9,6 @@ run it comes as often as rollouts of a prompt agree.
 
 import argparse
 import importlib
-import importlib.util
 import os
 import time
 from collections.abc import Callable
@@ -17,7 +16,7 @@ from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
 
-from tables import REPOSITORY, show
+from tables import REPOSITORY, peer, show
 
 from storage.arithmetic import Arithmetic
 from storage.hub import Columns, Source, read_source
@@ -57,7 +56,7 @@ def main() -> None:
     ]
     notes = [f"{len(cases):,} pairs of a solution and an answer, half of them right, from {source}"]
     notes.append(f"ours: {speed:,.0f} rows a second on one core; {right / len(cases):.1%} judged right")
-    if importlib.util.find_spec("math_verify") is not None:
+    if peer("math_verify"):
         half = len(cases) // 2
         few = cases[:1_000] + cases[half : half + 1_000]
         theirs, _ = _measure(_math_verify(), few)
@@ -66,7 +65,7 @@ def main() -> None:
         rows.append(("same verdict where both read the answer", f"{agreed:.2%}"))
         notes += [f"disagreement: {what}: {count}, for instance {one!r}" for what, (count, one) in classes.items()]
     else:
-        notes.append("Math-Verify is not installed (it is not in the lock); `pip install math-verify` adds its rows")
+        notes.append("Math-Verify is not installed: `make peers` adds its rows")
     show("Answers extracted and matched", rows, *notes)
 
 
