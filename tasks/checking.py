@@ -28,6 +28,7 @@ from tasks.benchmarking import benchmark_faults
 from tasks.benchmarks import Benchmarks
 from tasks.blending import Mixture, faults_of, first_prompt
 from tasks.loading import demonstrations_of, prompts_of
+from tasks.spreading import cluster_faults
 
 T = TypeVar("T")
 
@@ -100,7 +101,7 @@ def reads_of_splits(config: Splits, *, examples: bool) -> list[Read]:
 
 def faults(config: Checkable) -> list[str]:
     """Every fault of the experiment, in words; empty when it can be run."""
-    found = list(_home_faults())
+    found = [*_home_faults(), *cluster_faults()]
     found += _source_faults(config)
     found += [f"{name}: {fault}" for name, one in _parts(config, Mixture) for fault in faults_of(one)]
     for name, model in _parts(config, ModelRef):

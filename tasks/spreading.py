@@ -11,7 +11,7 @@ import logging
 import os
 import platform
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
@@ -123,25 +123,29 @@ def _start(runner: Any, step: Step[Any, Any], call: tuple[Any, ...], number: int
 
 def _as_they_end(client: Any, futures: Futures) -> Iterator[tuple[int, Any]]:
     """Each shard as it ends. What is under way is given up when the run is stopped, or the cluster has no workers."""
-    waiting = {number: getattr(future, "wrapped_future", future) for number, future in futures.items()}
-    seen = time.monotonic()
+    waiting: Futures = {number: getattr(future, "wrapped_future", future) for number, future in futures.items()}
+    shards, seen = len(futures), time.monotonic()
     try:
         while waiting:
-            for number in [number for number, future in waiting.items() if future.done()]:
+            ended = [number for number, future in waiting.items() if future.done()]
+            for number in ended:
                 del waiting[number]
-                yield number, futures[number]
+                yield number, futures.pop(number)  # held, it would be done again where its worker dies
             raise_if_stopping()
-            if client.scheduler_info()["workers"]:
+            if ended:
+                continue
+            if client.scheduler_info().get("workers"):  # without a scheduler there is no such entry
                 seen = time.monotonic()
             elif time.monotonic() - seen > PATIENCE_SECONDS:
                 raise ClusterError(
                     f"the Dask cluster at {os.environ[CLUSTER]} has had no worker for {PATIENCE_SECONDS:g} s, with "
-                    f"{len(waiting)} of {len(futures)} shards to be done; start some (dask worker) and run the same "
+                    f"{len(waiting)} of {shards} shards to be done; start some (dask worker) and run the same "
                     "command again: what is done is kept"
                 )
             time.sleep(POLL_SECONDS)
     finally:
-        client.cancel(list(waiting.values()))
+        if waiting:
+            client.cancel(list(waiting.values()))
 
 
 def _record(step: Step[Any, R], call: tuple[Any, ...], number: int, *, cached: bool) -> R:
