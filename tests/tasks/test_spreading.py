@@ -18,10 +18,12 @@ import dask
 import psutil
 import pytest
 from distributed import Client, LocalCluster
+from prefect.client.orchestration import get_client
 
 import tasks.scoring
+from flows.rest_em import rest_em
 from storage.datasets import DatasetRef, read_manifest, read_rows, write_rows
-from storage.experiments import StepRecord
+from storage.experiments import Experiment, StepRecord
 from storage.home import home
 from storage.rows import CheckedVerifier, Instance, Prompt, Rollout, ScoredRollout, Verification
 from tasks import spreading
@@ -32,11 +34,12 @@ from tasks.sandbox import Limits, isolation
 from tasks.scoring import score_answers
 from tasks.spreading import ClusterError, cluster_faults, cuts
 from tasks.verifying import NothingSurvives, verify_rollouts
-from tests.flows.builders import REPOSITORY, heard
+from tests.flows.builders import REPOSITORY, SMOKE, config_of, heard, run_plainly, stored
 from tests.tasks.builders import instance, rollout
 
 GOOD = "def evaluate(response):\n    return 'good' in response\n"
 SLOW = "import time\ndef evaluate(response):\n    time.sleep(0.1)\n    return 'good' in response\n"
+ENDS = ("Failed", "Completed")
 READS_A_FILE = "def evaluate(response):\n    return bool(open('/etc/passwd').read())\n"
 
 
@@ -323,6 +326,27 @@ def _commands(patch: pytest.MonkeyPatch, folder: Path) -> Iterator[dict[str, "su
         for process in processes.values():
             process.kill()
             process.wait()
+
+
+@pytest.mark.flow
+def test_prefect_shows_the_shards_of_a_run_and_a_run_that_failed_there_goes_on(
+    prefect: str, processes: LocalCluster, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    config = config_of(SMOKE, "iterations=1")
+    with monkeypatch.context() as elsewhere:
+        elsewhere.delenv("RATCHET_DASK")
+        elsewhere.setenv("RATCHET_HOME", str(tmp_path / "in one process"))
+        expected = stored(run_plainly("iterations=1"))
+    monkeypatch.setenv("RATCHET_SHARD_ROWS", "50")
+    give_home(processes, str(tmp_path / "elsewhere"))
+    with pytest.raises(ShardsFailed, match=r"4 of 4 shards failed: \[0, 1, 2, 3\]"):
+        rest_em(config)
+    give_home(processes, str(home()))
+    rest_em(config)
+    assert stored(Experiment(config.experiment)) == expected
+    with get_client(sync_client=True) as client:
+        shown = [(run.name, run.state_name) for run in client.read_task_runs() if " score_answers shard " in run.name]
+    assert set(shown) >= {(f"it0 dev score_answers shard {n}", state) for n in range(4) for state in ENDS}
 
 
 def test_completions_nobody_can_verify_are_told_of_on_a_cluster_too(
