@@ -21,6 +21,7 @@ from models.specs import (
     PromptTemplate,
     Sampling,
     Scripted,
+    TinyTraining,
 )
 from storage.home import home
 from storage.hub import Source
@@ -109,10 +110,7 @@ def faults(config: Checkable) -> list[str]:
     if isinstance(config, ChecksItself):
         found += config.faults()
     if isinstance(config.engine, OpenAI):
-        found.append(
-            "engine.kind is 'openai', but an endpoint cannot serve the policies that are trained here; use 'vllm' "
-            "(endpoints serve judges and supervisors)"
-        )
+        found += _endpoint_faults(config, config.engine)
     if isinstance(config.engine, Scripted):
         found.append("engine.kind is 'scripted', but a script cannot be trained; it can serve as a supervisor")
     for name, sampling in _parts(config, Sampling):
@@ -159,6 +157,18 @@ def _home_faults() -> Iterator[str]:
             f"the home {home()} cannot be written ({error.strerror}); "
             "name another with --home or RATCHET_HOME, or make it writable"
         )
+
+
+def _endpoint_faults(config: Checkable, engine: OpenAI) -> Iterator[str]:
+    if not engine.loads_adapters:
+        yield (
+            "engine.kind is 'openai', but an endpoint cannot serve the policies that are trained here; use 'vllm' "
+            "(endpoints serve judges and supervisors), or adapters with engine.loads_adapters"
+        )
+        return
+    for name, one in _parts(config, Optimization):
+        if not isinstance(one, TinyTraining) and (one.lora is None or one.lora.merge):
+            yield f"{name}: endpoints are given adapters, not weights; set {name}.lora, and {name}.lora.merge: false"
 
 
 def _source_faults(config: Checkable) -> list[str]:

@@ -260,7 +260,7 @@ def test_a_worker_that_is_killed_half_way_loses_its_shard_to_another_and_leaves_
     outcomes = [row.outcome for row in read_rows(verified, Verification)]
     assert outcomes == ["passed", "failed"] * 24
     assert len(killed) > 2  # the worker and its sandbox
-    gone, alive = psutil.wait_procs(killed, timeout=10)
+    _, alive = psutil.wait_procs(killed, timeout=10)
     assert not [one.cmdline() for one in alive if one.status() != psutil.STATUS_ZOMBIE]
 
 
