@@ -4,7 +4,9 @@
     RATCHET_SHARD_ROWS=2000              rows a shard, where a step's own choice does not fit the cluster
 
 Neither enters a key: rows, digests and what is reused are those of a run without a cluster, which does all in this
-process and imports no Dask. Sampling stays in this process, where the engine is.
+process and imports no Dask. Sampling stays in this process, where the engine is. Workers run verifiers in a sandbox or
+not at all, --allow-unsandboxed or not. Prefect does not show shards where its server is on loopback (a private one is)
+and the cluster is not.
 """
 
 import logging
@@ -64,6 +66,11 @@ def cuts(rows: int, rows_per_shard: int) -> list[range]:
     return [range(start, min(start + size, rows)) for start in range(0, rows, size)]
 
 
+def workers_reach(api: str) -> bool:
+    """Whether the cluster's workers can tell a Prefect server of their shards; one on loopback is for this machine."""
+    return _is_loopback(os.environ[CLUSTER]) or not _is_loopback(api)
+
+
 def spread(step: Step[Any, R], arguments: tuple[Any, ...], shards: Sequence[range]) -> list[R]:
     """What the step makes of each shard, called with the arguments and where the shard starts and stops.
 
@@ -77,18 +84,34 @@ def spread(step: Step[Any, R], arguments: tuple[Any, ...], shards: Sequence[rang
     meter = Meter(sum(map(len, shards)), 0, current_step())
     made: dict[int, R] = {}
     errors: dict[int, BaseException] = {}
+    shown = _shown_in_prefect()
     with _cluster() as runner:
-        futures: Futures = {number: _start(runner, step, call, number) for number, call in enumerate(calls)}
+        futures: Futures = {
+            number: _start(runner, step, call, number, shown=shown) for number, call in enumerate(calls)
+        }
         for number, future in _as_they_end(runner.client, futures):
             try:
                 made[number] = _record(step, calls[number], number, cached=future.result())
+                meter.add(rows=len(shards[number]))
             except Exception as error:  # whatever one shard met, the others finish first; all are named below
                 errors[number] = error
                 record_step(current_step(), shard=number, failed=True, detail=f"{type(error).__name__}: {error}")
-            meter.add(rows=len(shards[number]))
     if errors:
         raise ShardsFailed(tell_failed(errors, len(shards), kept="the others are stored", again="only these are done"))
     return [made[number] for number in range(len(shards))]
+
+
+def _shown_in_prefect() -> bool:
+    if FlowRunContext.get() is None:
+        return False
+    if workers_reach(os.environ.get("PREFECT_API_URL", "")):
+        return True
+    log.warning(
+        "Prefect does not show the shards of %s: its server is on loopback, where Dask workers elsewhere cannot reach "
+        "it; set PREFECT_API_URL to one that they can reach to see them",
+        current_step(),
+    )
+    return False
 
 
 @contextmanager
@@ -107,9 +130,14 @@ def _cluster() -> Iterator[Any]:
         yield runner
 
 
-def _start(runner: Any, step: Step[Any, Any], call: tuple[Any, ...], number: int) -> Any:
+def _is_loopback(address: str) -> bool:
+    host = urlsplit(address).hostname or ""
+    return host in ("localhost", "::1") or host.startswith("127.")
+
+
+def _start(runner: Any, step: Step[Any, Any], call: tuple[Any, ...], number: int, *, shown: bool) -> Any:
     sent = {"step": step, "call": call, "run_home": f"{home()} on {platform.node()}"}
-    if FlowRunContext.get() is None:
+    if not shown:
         return runner.client.submit(_on_worker, **sent, pure=False)
     task: Task[Any, Any] = Task(
         fn=_in_task,

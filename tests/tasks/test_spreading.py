@@ -32,7 +32,7 @@ from tasks.drawing import ShardsFailed
 from tasks.recording import Progress, listening
 from tasks.sandbox import Limits, isolation
 from tasks.scoring import score_answers
-from tasks.spreading import ClusterError, cluster_faults, cuts
+from tasks.spreading import ClusterError, cluster_faults, cuts, workers_reach
 from tasks.verifying import NothingSurvives, verify_rollouts
 from tests.flows.builders import REPOSITORY, SMOKE, config_of, heard, run_plainly, stored
 from tests.tasks.builders import instance, rollout
@@ -224,6 +224,22 @@ def test_faults_of_the_variables_are_found_before_a_run(
             monkeypatch.setenv(name, value)
     found = list(cluster_faults())
     assert len(found) == len(told) and all(one.startswith(start) for one, start in zip(found, told, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("cluster", "api", "reached"),
+    [
+        ("tcp://127.0.0.1:8786", "http://127.0.0.1:4200/api", True),
+        ("tcp://localhost:8786", "http://prefect.example:4200/api", True),
+        ("tcp://10.0.0.7:8786", "http://prefect.example:4200/api", True),
+        ("tcp://10.0.0.7:8786", "http://127.0.0.1:4200/api", False),
+    ],
+)
+def test_workers_elsewhere_do_not_reach_a_server_on_loopback(
+    monkeypatch: pytest.MonkeyPatch, cluster: str, api: str, reached: bool
+) -> None:
+    monkeypatch.setenv("RATCHET_DASK", cluster)
+    assert workers_reach(api) is reached
 
 
 def test_without_a_cluster_all_rows_are_one_shard(monkeypatch: pytest.MonkeyPatch) -> None:
