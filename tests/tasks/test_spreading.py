@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -25,20 +26,31 @@ from flows.rest_em import rest_em
 from storage.datasets import DatasetRef, read_manifest, read_rows, write_rows
 from storage.experiments import Experiment, StepRecord
 from storage.home import home
-from storage.rows import CheckedVerifier, Instance, Prompt, Rollout, ScoredRollout, Verification
+from storage.rows import (
+    CheckedVerifier,
+    Instance,
+    Prompt,
+    Rollout,
+    ScoredRollout,
+    Verification,
+    Verifier,
+    VerifierCase,
+)
 from tasks import spreading
 from tasks.answers import score_by_answer
+from tasks.consistency import Consistency
 from tasks.drawing import ShardsFailed
 from tasks.recording import Progress, listening
 from tasks.sandbox import Limits, isolation
 from tasks.scoring import score_answers
 from tasks.spreading import ClusterError, cluster_faults, cuts, workers_reach
-from tasks.verifying import NothingSurvives, verify_rollouts
+from tasks.verifying import NothingSurvives, check_verifiers, verify_rollouts
 from tests.flows.builders import REPOSITORY, SMOKE, config_of, heard, run_plainly, stored
-from tests.tasks.builders import instance, rollout
+from tests.light import lighten
+from tests.tasks.builders import case, instance, rollout, verifier
 
 GOOD = "def evaluate(response):\n    return 'good' in response\n"
-SLOW = "import time\ndef evaluate(response):\n    time.sleep(0.1)\n    return 'good' in response\n"
+SLOW = "import time\ndef evaluate(response):\n    time.sleep(0.05)\n    return 'good' in response\n"
 ENDS = ("Failed", "Completed")
 READS_A_FILE = "def evaluate(response):\n    return bool(open('/etc/passwd').read())\n"
 
@@ -266,6 +278,32 @@ def test_verifiers_run_walled_in_on_worker_processes(processes: LocalCluster, mo
 
 
 @pytest.mark.flow  # processes of its own
+def test_verifiers_are_checked_instruction_by_instruction_as_in_one_process(
+    processes: LocalCluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    names = [f"i{n}" for n in range(5)]
+    sources = [GOOD, f"# again\n{GOOD}", READS_A_FILE]
+    verifiers = [replace(verifier(f"{i}{n}", i), source=text) for n, text in enumerate(sources) for i in names]
+    cases = [
+        case(f"{text} {n}", expected=text == "good", instruction_id=i)
+        for i in names
+        for n in range(4)
+        for text in ("good", "bad")
+    ]
+    given = write_rows(verifiers, Verifier, step="verifiers"), write_rows(cases, VerifierCase, step="cases")
+    with monkeypatch.context() as without, heard() as records:
+        without.delenv("RATCHET_DASK")
+        expected = check_verifiers(*given, Consistency(), Limits())
+    forget("check_verifiers")
+    monkeypatch.setenv("RATCHET_SHARD_ROWS", "2")
+    with heard() as again:
+        assert check_verifiers(*given, Consistency(), Limits()) == expected
+    assert sum(row.kept for row in read_rows(expected, CheckedVerifier)) == 10
+    assert again[-1].counts == records[-1].counts and records[-1].counts["instructions_kept"] == 5
+    assert sorted(record.shard for record in again if record.shard is not None) == [0, 1, 2]
+
+
+@pytest.mark.flow  # processes of its own
 def test_a_worker_that_is_killed_half_way_loses_its_shard_to_another_and_leaves_no_sandbox(
     processes: LocalCluster, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -348,6 +386,7 @@ def _commands(patch: pytest.MonkeyPatch, folder: Path) -> Iterator[dict[str, "su
 def test_prefect_shows_the_shards_of_a_run_and_a_run_that_failed_there_goes_on(
     prefect: str, processes: LocalCluster, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
+    lighten(monkeypatch)
     config = config_of(SMOKE, "iterations=1")
     with monkeypatch.context() as elsewhere:
         elsewhere.delenv("RATCHET_DASK")
