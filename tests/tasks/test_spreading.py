@@ -43,6 +43,7 @@ from tasks.drawing import ShardsFailed
 from tasks.recording import Progress, listening
 from tasks.sandbox import Limits, isolation
 from tasks.scoring import score_answers
+from tasks.serving import Stopped, stop, stopping
 from tasks.spreading import ClusterError, cluster_faults, cuts, workers_reach
 from tasks.verifying import NothingSurvives, check_verifiers, verify_rollouts
 from tests.flows.builders import REPOSITORY, SMOKE, config_of, heard, run_plainly, stored
@@ -193,6 +194,25 @@ def test_a_failed_shard_lets_the_others_finish_and_is_alone_in_being_done_again(
         assert score_answers(*given, "A:") == expected
     done = sorted(record.shard for record in records if record.shard is not None and not record.cached)
     assert done == [1, 7]
+
+
+def test_a_run_that_is_stopped_gives_up_what_is_not_done(
+    threads: LocalCluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given = to_score()
+    monkeypatch.setenv("RATCHET_SHARD_ROWS", "10")
+
+    def stop_at_once(event: StepRecord | Progress) -> None:
+        stop()
+
+    with listening(stop_at_once), pytest.raises(Stopped):
+        score_answers(*given, "A:")
+    kept = len(list((home() / "steps" / "score_shard").glob("*.json")))
+    assert 0 < kept < 40
+    stopping.clear()
+    with heard() as records:
+        score_answers(*given, "A:")
+    assert sum(record.cached for record in records if record.shard is not None) >= kept
 
 
 def test_a_cluster_without_workers_is_told_of_and_not_waited_for_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
