@@ -189,14 +189,12 @@ def _record(step: Step[Any, R], call: tuple[Any, ...], number: int, *, cached: b
             "RATCHET_HOME naming this home and with the same version of ratchet"
         )
     found, value = lookup.found, step.returned(lookup.found)
-    rows, digest = (value.rows, value.digest) if isinstance(value, DatasetRef) else (None, None)
     log_counts(found.counts)
-    record_step(
+    record_step(  # without the digest: `ratchet gc` is to remove shards, once the whole is there
         current_step(),
         shard=number,
         cached=cached,
-        rows=rows,
-        digest=digest,
+        rows=value.rows if isinstance(value, DatasetRef) else None,
         seconds=0.0 if cached else found.seconds,
         counts=found.counts,
     )

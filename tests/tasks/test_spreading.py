@@ -170,6 +170,7 @@ def test_shards_give_the_rows_and_counts_of_one_process(
     assert (whole.step, whole.shard, whole.counts) == ("score_answers", None, counts)
     shards = [record for record in records if record.shard is not None]
     assert len(shards) == (0 if rows == 400 else -(-given[0].rows // rows))
+    assert {record.digest for record in shards} <= {None}  # what a run's records name is never removed by `ratchet gc`
     assert [parent.step for parent in read_manifest(expected).parents] == ["rollouts", "prompts"]
 
 
