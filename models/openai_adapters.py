@@ -4,7 +4,8 @@ The endpoint serves the policy's base and sees the home under the same path:
 
     VLLM_ALLOW_RUNTIME_LORA_UPDATING=True vllm serve BASE --enable-lora --max-lora-rank 128
 
-vLLM warns that whoever reaches such a server may load adapters into it: keep it inside a network of your own.
+A server does not tell which revision of its base it serves: start it with the preset's. vLLM warns that whoever reaches
+such a server may load adapters into it: keep it inside a network of your own.
 """
 
 import json
@@ -30,9 +31,10 @@ async def introduce(model: LocalModel, url: str, ask: Ask) -> str:
     served = {one["id"]: one.get("root") for one in listed.json()["data"]} if listed.status_code == 200 else {}
     base = next((name for name, root in served.items() if root == model.weights), None)
     if base is None:
+        revision = f" --revision {model.ref.revision}" if model.ref.revision else ""
         raise EngineConfigurationError(
             f"{url} serves {sorted(map(str, served.values()))}, but the policy's base is {model.weights!r}; start it "
-            f"with `vllm serve {model.weights}`, where the home has the same path as here"
+            f"with `vllm serve {model.weights}{revision}`, where the home has the same path as here"
         )
     name = model.ref.adapter
     if name is None:
