@@ -61,8 +61,9 @@ from tasks.supervising import (
 from tasks.supervision import Relevance, Translating
 from tasks.training import train_preferences
 from tasks.verifiers import WritingCases, WritingVerifiers
-from tasks.verifying import Completions, check_verifiers, score_by_votes, show_verifiers, verify_rollouts
+from tasks.verifying import Completions, check_verifiers, show_verifiers, verify_rollouts
 from tasks.votes import Completing, Voting
+from tasks.voting import score_by_votes
 
 SUPERVISED = ("supervisor", "proposing", "verifiers", "cases", "back_translation", "judge")  # asked of the supervisor
 

@@ -112,7 +112,9 @@ class VLLM(Settings):
 class OpenAI(Settings):
     """OpenAI-compatible endpoints. The API key is read from the environment, never from a preset."""
 
-    not_in_key = frozenset({"endpoints", "concurrency", "timeout_seconds", "max_retries", "api_key_variable"})
+    not_in_key = frozenset(
+        {"endpoints", "concurrency", "timeout_seconds", "max_retries", "api_key_variable", "loads_adapters"}
+    )
 
     kind: Literal["openai"] = "openai"
     endpoints: tuple[str, ...] = Field(min_length=1)  # base URLs, for instance http://10.0.0.7:8000/v1
@@ -124,6 +126,9 @@ class OpenAI(Settings):
     # how continuations are scored: exactly, by `vllm serve`; or, one token each, by what hosted endpoints report
     scoring: Literal["prompt_logprobs", "top_logprobs"] = "prompt_logprobs"
     top_logprobs: int = Field(default=20, ge=2, le=20)  # asked for in the latter case; others are unknown
+    loads_adapters: bool = (
+        False  # `vllm serve` with adapters of ours, and the home at the same path, see openai_adapters
+    )
 
     def key(self) -> dict[str, Any]:
         """How continuations are scored only where it is not exact, so that ledgers drawn without a judge stay good."""

@@ -6,6 +6,7 @@ just the same, only unseen.
 """
 
 import functools
+import importlib
 import inspect
 import logging
 import time
@@ -93,11 +94,14 @@ class Step(Generic[P, R]):
             return self._plan(plan, *args, **kwargs)
 
         def body() -> Outcome:
-            return self._run(*args, **kwargs)
+            return self.reuse_or_run(*args, **kwargs)
 
         future = start_task(body, name=self.name, reads=_references([*args, *kwargs.values()]))
         value: R = future.result()
         return value
+
+    def __reduce__(self) -> tuple[Callable[..., Any], tuple[str, str]]:
+        return _step_named, (self.fn.__module__, self.name)  # a Dask worker imports it, as this process did
 
     def lookup(self, *args: P.args, **kwargs: P.kwargs) -> Lookup:
         """Whether this call's result is stored and whole, without running anything."""
@@ -109,14 +113,18 @@ class Step(Generic[P, R]):
         found = results.find_result(self.name, key)
         if found is None:
             return Lookup(key, parts, None, "not done yet")
-        damage = what_is_wrong(self._returns.validate_python(found.value))
+        damage = what_is_wrong(self.returned(found))
         return Lookup(key, parts, None if damage else found, damage or "")
+
+    def returned(self, found: results.StepResult) -> R:
+        """What a stored call of this step returned."""
+        return self._returns.validate_python(found.value)
 
     def _plan(self, plan: list[PlannedStep], *args: P.args, **kwargs: P.kwargs) -> R:
         """Note what this call would do; its value is the stored one, or a placeholder that nothing is stored for."""
         lookup = self.lookup(*args, **kwargs)
         if lookup.found is not None:
-            value = self._returns.validate_python(lookup.found.value)
+            value = self.returned(lookup.found)
             rows = _shown(value).get("rows")
         else:
             rows = self._rows(*args, **kwargs) if self._rows else None
@@ -136,7 +144,8 @@ class Step(Generic[P, R]):
         assert self._assumed is not None  # a step that returns neither says what a plan is to assume
         return self._assumed
 
-    def _run(self, *args: P.args, **kwargs: P.kwargs) -> Outcome:
+    def reuse_or_run(self, *args: P.args, **kwargs: P.kwargs) -> Outcome:
+        """The stored result, or a new one; in the task that is running, and not as one of its own."""
         lookup = self.lookup(*args, **kwargs)
         if lookup.found is None:
             with exclusive(f"step-{self.name}-{lookup.key[:24]}", wait_seconds=None):
@@ -144,7 +153,7 @@ class Step(Generic[P, R]):
                 if lookup.found is None:
                     return self._produce(lookup, *args, **kwargs)
         found = lookup.found
-        value = self._returns.validate_python(found.value)
+        value = self.returned(found)
         checkpoints.discard_scratch(lookup.key)  # of a run that was killed just after it recorded the result
         record_step(self.name, cached=True, key=lookup.key, seconds=0.0, counts=found.counts, **_shown(value))
         return Outcome(value, True, f"reused {self.name}/{lookup.key[:12]} of {found.finished_at}")
@@ -182,6 +191,11 @@ class Step(Generic[P, R]):
         again = lookup.missing.removeprefix("not done yet")  # `ratchet why` tells it
         record_step(self.name, key=lookup.key, seconds=seconds, counts=counts, detail=again, **_shown(value))
         return Outcome(value, False, "")
+
+
+def _step_named(module: str, name: str) -> "Step[Any, Any]":
+    importlib.import_module(module)
+    return STEPS[name]
 
 
 def step(

@@ -21,6 +21,7 @@ from models.specs import (
     PromptTemplate,
     Sampling,
     Scripted,
+    TinyTraining,
 )
 from storage.home import home
 from storage.hub import Source
@@ -28,6 +29,7 @@ from tasks.benchmarking import benchmark_faults
 from tasks.benchmarks import Benchmarks
 from tasks.blending import Mixture, faults_of, first_prompt
 from tasks.loading import demonstrations_of, prompts_of
+from tasks.spreading import cluster_faults
 
 T = TypeVar("T")
 
@@ -100,7 +102,7 @@ def reads_of_splits(config: Splits, *, examples: bool) -> list[Read]:
 
 def faults(config: Checkable) -> list[str]:
     """Every fault of the experiment, in words; empty when it can be run."""
-    found = list(_home_faults())
+    found = [*_home_faults(), *cluster_faults()]
     found += _source_faults(config)
     found += [f"{name}: {fault}" for name, one in _parts(config, Mixture) for fault in faults_of(one)]
     for name, model in _parts(config, ModelRef):
@@ -108,10 +110,7 @@ def faults(config: Checkable) -> list[str]:
     if isinstance(config, ChecksItself):
         found += config.faults()
     if isinstance(config.engine, OpenAI):
-        found.append(
-            "engine.kind is 'openai', but an endpoint cannot serve the policies that are trained here; use 'vllm' "
-            "(endpoints serve judges and supervisors)"
-        )
+        found += _endpoint_faults(config, config.engine)
     if isinstance(config.engine, Scripted):
         found.append("engine.kind is 'scripted', but a script cannot be trained; it can serve as a supervisor")
     for name, sampling in _parts(config, Sampling):
@@ -158,6 +157,18 @@ def _home_faults() -> Iterator[str]:
             f"the home {home()} cannot be written ({error.strerror}); "
             "name another with --home or RATCHET_HOME, or make it writable"
         )
+
+
+def _endpoint_faults(config: Checkable, engine: OpenAI) -> Iterator[str]:
+    if not engine.loads_adapters:
+        yield (
+            "engine.kind is 'openai', but an endpoint cannot serve the policies that are trained here; use 'vllm' "
+            "(endpoints serve judges and supervisors), or adapters with engine.loads_adapters"
+        )
+        return
+    for name, one in _parts(config, Optimization):
+        if not isinstance(one, TinyTraining) and (one.lora is None or one.lora.merge):
+            yield f"{name}: endpoints are given adapters, not weights; set {name}.lora, and {name}.lora.merge: false"
 
 
 def _source_faults(config: Checkable) -> list[str]:

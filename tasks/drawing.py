@@ -3,7 +3,7 @@
 import hashlib
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
 from models.chat import messages_of
@@ -17,6 +17,22 @@ from tasks.serving import raise_if_stopping, serve
 
 class ShardsFailed(RuntimeError):
     """Some shards failed and the others are done; running again does only those."""
+
+
+def tell_failed(errors: Mapping[int, BaseException], shards: int, *, kept: str, again: str) -> str:
+    """The message of a ShardsFailed: which failed, with the first errors, and what to do.
+
+    Args:
+        kept: what the others have, for instance "the rows of the others are kept".
+        again: what happens when the same command is run again.
+    """
+    first = "\n".join(
+        f"  shard {number}: {type(error).__name__}: {error}" for number, error in list(errors.items())[:3]
+    )
+    return (
+        f"{len(errors)} of {shards} shards failed: {sorted(errors)}; {kept}. First errors:\n{first}\n"
+        f"Run the same command again, or retry this flow run, and {again}."
+    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -21,7 +21,7 @@ from storage.datasets import DatasetRef, read_rows, write_rows
 from storage.ledger import DamagedPart, Ledger
 from storage.rows import Prompt, Rollout
 from tasks.caching import Outcome, log_counts, start_task, step
-from tasks.drawing import Job, Meter, Shard, ShardsFailed, all_wanted, draw, missing
+from tasks.drawing import Job, Meter, Shard, ShardsFailed, all_wanted, draw, missing, tell_failed
 from tasks.isolating import check_error_rate, draw_apart
 from tasks.planning import current_plan
 from tasks.recording import record_step
@@ -195,10 +195,4 @@ def _parts(rows: Sequence[T], size: int) -> Iterator[list[T]]:
 
 
 def _explain(errors: dict[int, Exception], shards: int) -> str:
-    first = "\n".join(
-        f"  shard {number}: {type(error).__name__}: {error}" for number, error in list(errors.items())[:3]
-    )
-    return (
-        f"{len(errors)} of {shards} shards failed: {sorted(errors)}; the rows of the others are kept. First errors:\n"
-        f"{first}\nRun the same command again, or retry this flow run, and only what is missing is drawn."
-    )
+    return tell_failed(errors, shards, kept="the rows of the others are kept", again="only what is missing is drawn")

@@ -30,7 +30,7 @@ def test_a_package_of_ours_is_the_one_in_this_repository(package: str) -> None:
 @pytest.mark.flow  # a process of its own
 def test_importing_any_flow_or_the_command_loads_no_heavy_library() -> None:
     modules = ["flows.__main__", *(module for module, _, _ in RECIPES.values())]
-    heavy = ("vllm", "torch", "trl", "transformers", "datasets", "accelerate", "peft", "matplotlib", "lm_eval")
+    heavy = ("vllm", "torch", "trl", "transformers", "datasets", "accelerate", "peft", "matplotlib", "lm_eval", "dask")
     code = f"import sys, {', '.join(modules)}; print([name for name in {heavy!r} if name in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=REPOSITORY, check=True)
     assert done.stdout.strip() == "[]"

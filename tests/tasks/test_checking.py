@@ -78,3 +78,19 @@ def test_a_tiny_base_is_prompted_through_its_own_chat_template() -> None:
     config = config_of(SMOKE, VLLM, "base={corpus: {arithmetic: {kind: sums, problems: 9}}}")
     assert "What is 58 + 24?" in first_prompts(config)["base"]
     assert first_prompts(config)["base"] != "What is 58 + 24?"
+
+
+def test_endpoints_train_adapters_only_and_only_where_they_load_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = "engine={{kind: openai, endpoints: ['http://10.0.0.7:8000/v1']{}}}"
+    base, adapter = "base.name=gpt2", "{rank: 4, alpha: 8, merge: false}"
+    (fault,) = faults(config_of(SMOKE, base, engine.format("")))
+    assert "cannot serve the policies that are trained here" in fault and "engine.loads_adapters" in fault
+    loading = engine.format(", loads_adapters: true")
+    assert faults(config_of(SMOKE, base, loading, f"sft.lora={adapter}", f"dpo.preference.lora={adapter}")) == []
+    told = faults(config_of(SMOKE, base, loading, f"sft.lora={adapter}", "dpo.preference.lora={rank: 4, alpha: 8}"))
+    assert told == [
+        "dpo.preference: endpoints are given adapters, not weights; set dpo.preference.lora, and "
+        "dpo.preference.lora.merge: false"
+    ]
+    monkeypatch.setenv("RATCHET_DASK", "10.0.0.8:8786")
+    assert [one.startswith("RATCHET_DASK is '10.0.0.8:8786'") for one in faults(config_of(SMOKE))] == [True]
