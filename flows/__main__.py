@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 from types import FrameType
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -96,8 +96,8 @@ def plan(preset: PresetArgument, set_: SetOption = None, home_: HomeOption = Non
     """Check everything, show what would run and what is cached; no model is loaded and nothing is written."""
     use_home(home_)
     recipe = _checked(preset, set_)
-    from tasks.checking import first_prompts
     from tasks.planning import planning
+    from tasks.rehearsing import first_prompts
 
     with planning() as planned:
         recipe.flow.fn(recipe.config)
@@ -249,15 +249,16 @@ def _given_server() -> str | None:
 
 def _checked(path: Path, overrides: list[str] | None) -> Recipe:
     try:
-        recipe = Recipe(path, overrides)
-        from tasks.checking import faults
-
-        found = faults(recipe.config)
+        return Recipe(path, overrides, _faults)
     except PresetError as error:
         fail(str(error), 2)
-    if found:
-        fail(f"{path} cannot be run:\n" + "\n".join(f"  {fault}" for fault in found), 2)
-    return recipe
+
+
+def _faults(config: Any) -> list[str]:
+    from tasks.checking import faults
+    from tasks.rehearsing import rehearsal_faults
+
+    return faults(config) or rehearsal_faults(config)  # prompts are looked at once all else is sound
 
 
 def _command(preset: Path, overrides: list[str] | None, folder: str | None) -> str:
