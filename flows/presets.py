@@ -28,7 +28,7 @@ UNIONS = {"engine", "base", "asks"}  # the sections that are unions
 C = TypeVar("C", bound=BaseModel)
 Location = tuple[str | int, ...]
 Lines = dict[Location, int]
-STAND_INS = (1, "stand-in", {})  # for what is required and wrong, to find out what else is wrong
+STAND_INS: tuple[Any, ...] = (1, "stand-in", {})  # for what is required and wrong, to find out what else is wrong
 MENDINGS = 12  # tries to make a preset valid, to look at the rest of it
 _KEY = re.compile(r"[A-Za-z_]\w*(?:\.\w+|\[\d+\])*")
 
@@ -85,7 +85,8 @@ class Preset:
             try:
                 return config_class.model_validate(values), mended, found
             except ValidationError as error:
-                for fault in map(dict, error.errors()):
+                for detail in error.errors():
+                    fault: dict[str, Any] = dict(detail)
                     location = _in_the_file(fault["loc"])
                     if location not in mended:
                         found.append(self._fault(fault, config_class))

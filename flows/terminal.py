@@ -16,7 +16,6 @@ from rich.table import Table
 from storage.experiments import Experiment, IterationRecord, StepRecord
 
 if TYPE_CHECKING:
-    from tasks.planning import PlannedStep
     from tasks.recording import Progress as RowProgress
     from tasks.tables import PublishedFigure
     from tasks.yields import YieldTable
@@ -145,19 +144,6 @@ def yield_table(found: "YieldTable") -> Table:
         table.add_column(heading, justify="right")
     for row in found.rows:
         table.add_row(row.stage, *map(_yield, (row.ours, *row.published)))
-    return table
-
-
-def plan_table(planned: "Sequence[PlannedStep]") -> Table:
-    """Each step that a run would take: cached, or to be done and why."""
-    table = Table(
-        title=f"{sum(step.cached for step in planned)} of {len(planned)} steps are cached", title_justify="left"
-    )
-    for heading in ("iteration", "step", "state", "rows at most", "reads"):
-        table.add_column(heading)
-    for step in planned:
-        state = "cached" if step.cached else f"runs: {step.why}"
-        table.add_row(_optional(step.iteration), step.step, state, f"{step.rows:,}" if step.rows else "", step.reads)
     return table
 
 

@@ -70,14 +70,12 @@ def load_tokenizer(
 
 
 def template_only(chat_template: str) -> Tokenizer:
-    """A tokenizer that can render messages as text and nothing else, for a look at a model that is not here."""
-    from tokenizers import Tokenizer as Words
-    from tokenizers.models import WordLevel
-    from transformers import PreTrainedTokenizerFast
+    """A tokenizer that can render messages as text and nothing else, for a look at a model that is not here.
 
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=Words(WordLevel({"?": 0}, unk_token="?")), eos_token="</s>")
-    tokenizer.chat_template = chat_template
-    return tokenizer
+    Raises:
+        TemplateError: of jinja2; this is no template.
+    """
+    return _TemplateOnly(chat_template)
 
 
 def render_text(tokenizer: Tokenizer, messages: Sequence[Message]) -> str:
@@ -219,6 +217,41 @@ def _tokenizer_class(weights: str) -> Any:
     from transformers import AutoTokenizer
 
     return AutoTokenizer
+
+
+class _TemplateOnly:
+    """Renders as transformers does (utils/chat_template_utils.py), whose import takes seconds."""
+
+    eos_token, bos_token = "</s>", None
+
+    def __init__(self, chat_template: str) -> None:
+        import jinja2
+        from jinja2.ext import Extension, loopcontrols
+        from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+        class Generation(Extension):
+            """{% generation %} marks what the assistant writes; as text, it is what stands inside."""
+
+            tags = {"generation"}  # noqa: RUF012 # as jinja2 declares it
+
+            def parse(self, parser: jinja2.parser.Parser) -> list[jinja2.nodes.Node]:
+                next(parser.stream)
+                return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
+        def refuse(message: str) -> None:
+            raise jinja2.TemplateError(message)
+
+        environment = ImmutableSandboxedEnvironment(
+            trim_blocks=True, lstrip_blocks=True, extensions=[Generation, loopcontrols]
+        )
+        environment.filters["tojson"] = lambda value, **options: json.dumps(value, ensure_ascii=False, **options)
+        environment.globals["raise_exception"] = refuse
+        self._template = environment.from_string(chat_template)
+
+    def apply_chat_template(self, messages: list[Message], *, tokenize: bool, **names: Any) -> str:
+        """The messages as text."""
+        assert not tokenize
+        return self._template.render(messages=messages, eos_token=self.eos_token, bos_token="", **names)
 
 
 def _filled(text: str, prompt: str) -> str:

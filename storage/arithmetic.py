@@ -8,7 +8,7 @@ import hashlib
 import random
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from functools import lru_cache
+from functools import cache, lru_cache
 from itertools import accumulate, islice
 from typing import Literal, NamedTuple
 
@@ -199,7 +199,13 @@ def _belongs(story: Story, settings: Arithmetic) -> bool:
 
 
 def _choose(rng: random.Random, weights: dict[str, int]) -> str:
-    return rng.choices(list(weights), cum_weights=list(accumulate(weights.values())))[0]
+    names, cumulative = _cumulative(tuple(weights.items()))
+    return rng.choices(names, cum_weights=cumulative)[0]
+
+
+@cache
+def _cumulative(weights: tuple[tuple[str, int], ...]) -> tuple[list[str], list[int]]:
+    return [name for name, _ in weights], list(accumulate(weight for _, weight in weights))
 
 
 def _values(steps: Sequence[Step]) -> list[int]:

@@ -95,7 +95,7 @@ class Step(Generic[P, R]):
         def body() -> Outcome:
             return self._run(*args, **kwargs)
 
-        future = start_task(body, name=self.name, reads=_references([*args, *kwargs.values()]))
+        future = start_task(body, name=self.name, reads=references_in([*args, *kwargs.values()]))
         value: R = future.result()
         return value
 
@@ -115,7 +115,7 @@ class Step(Generic[P, R]):
     def _plan(self, plan: list[PlannedStep], *args: P.args, **kwargs: P.kwargs) -> R:
         """Note what this call would do; its value is the stored one, or a placeholder that nothing is stored for."""
         lookup = self.lookup(*args, **kwargs)
-        reads = [ref for ref in _references([*args, *kwargs.values()]) if isinstance(ref, DatasetRef)]
+        reads = [ref for ref in references_in([*args, *kwargs.values()]) if isinstance(ref, DatasetRef)]
         if lookup.found is not None:
             value = self._returns.validate_python(lookup.found.value)
             rows = _shown(value).get("rows")
@@ -296,7 +296,7 @@ def what_is_wrong(value: object, *, deep: bool = True) -> str | None:
     Args:
         deep: read all of it, for else a flipped byte would stay a hit; a plan looks at names and sizes only.
     """
-    for reference in _references(value):
+    for reference in references_in(value):
         if isinstance(reference, DatasetRef):
             damage = datasets.what_is_wrong(reference, deep=deep)
         else:
@@ -308,13 +308,14 @@ def what_is_wrong(value: object, *, deep: bool = True) -> str | None:
     return None
 
 
-def _references(value: object) -> Sequence[DatasetRef | ModelRef]:
+def references_in(value: object) -> Sequence[DatasetRef | ModelRef]:
+    """The data sets and models inside of an argument or a result, at any depth."""
     if isinstance(value, DatasetRef | ModelRef):
         return [value]
     if isinstance(value, BaseModel):
-        return [found for name in type(value).model_fields for found in _references(getattr(value, name))]
+        return [found for name in type(value).model_fields for found in references_in(getattr(value, name))]
     if isinstance(value, tuple | list):
-        return [found for item in value for found in _references(item)]
+        return [found for item in value for found in references_in(item)]
     return []
 
 

@@ -28,11 +28,12 @@ from models.engine import EngineConfigurationError, Message
 from models.fake_engine import is_fake
 from models.specs import VLLM, EngineSettings, ModelRef, OpenAI, PromptTemplate, Sampling, Scripted
 from storage.checkpoints import checkpoint_path
-from storage.hub import NotAtHand, source_name
+from storage.hub import NotAtHand, Source, is_at_hand, source_name
 from tasks.asks import Asks, LabelsAsk, PairwiseAsk, ScoresAsk
-from tasks.blending import Mixture, first_prompt
+from tasks.blending import ChatSource, Mixture, first_prompt
 from tasks.checking import Checkable, ChecksItself, engine_of, parts
 from tasks.judgements import Judge, as_it_is
+from tasks.licences import doubt_about
 from tasks.loading import prompts_of
 from tasks.planning import PlannedStep
 
@@ -87,6 +88,33 @@ def tokenizer_checks(config: Checkable, built: ModelRef | None = None) -> list[s
     return told
 
 
+def licence_notices(config: Checkable) -> list[str]:
+    """What is known of the licence of each source that is not made up here, and of the models."""
+    chats = {f"{name}.source": entry for name, entry in parts(config, ChatSource)}
+    told = []
+    for name, source in parts(config, Source):
+        if source.hub is None and source.path is None:
+            continue
+        entry = chats.get(name)
+        licence = entry.licence if entry else None
+        if source.path is not None and licence is None:
+            said = "a file of yours; whether it may be trained on is for you to know"
+        else:
+            said = doubt_about(source.hub, licence) or f"{licence}"
+        accepted = ", accepted by accept_unclear_licence" if entry and entry.accept_unclear_licence else ""
+        told.append(f"{source_name(source)}: {said}{accepted}")
+    for _, ref in parts(config, ModelRef):
+        if not (is_fake(ref.name) or Path(ref.name).exists()):
+            told.append(f"{ref.name}: the licence of the model is its page's on the hub; it holds for what comes of it")
+    return list(dict.fromkeys(told))
+
+
+def not_at_hand(config: Checkable) -> list[str]:
+    """The sources whose rows a run downloads first, so that nothing is known of them yet."""
+    missing = [source_name(source) for _, source in parts(config, Source) if not is_at_hand(source)]
+    return list(dict.fromkeys(missing))
+
+
 def rehearsal_faults(config: Checkable) -> list[str]:
     """What would go wrong with the first prompts, each in words after its key; the settings themselves are sound."""
     found = []
@@ -98,11 +126,10 @@ def rehearsal_faults(config: Checkable) -> list[str]:
                 found.append(f"{name}.chat_template: is no template that can be rendered: {error}")
     if found:
         return found
-    prompt = _first_prompt(config)
     for ref, template in dict.fromkeys(config.templates().values()):
         tokenizer = tokenizer_of(ref, None)
         if tokenizer is not None and isinstance(config.engine, VLLM):
-            taken = len(render_prompt(tokenizer, messages_of(template, prompt)))
+            taken = len(render_prompt(tokenizer, messages_of(template, _first_prompt(config))))
             found += _room_faults(config, taken, config.engine.max_model_len)
     for key, judge in parts(config, Judge):
         tokenizer = tokenizer_of(_judging_model(config, key), None)
