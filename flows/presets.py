@@ -51,9 +51,7 @@ class Preset:
         except (yaml.YAMLError, UnicodeDecodeError) as error:
             raise PresetError(f"{path} is no YAML: {' '.join(str(error).split())}") from error
         if not isinstance(self.values, dict):
-            raise PresetError(
-                f"{path} holds {type(self.values).__name__}; expected keys and values, as `recipe: rest_em`"
-            )
+            raise PresetError(f"{path} holds {_kind_of(self.values)}; expected keys and values, as `recipe: rest_em`")
         for override in overrides:
             self._override(override)
 
@@ -73,7 +71,7 @@ class Preset:
         """
         config, mended, found = self._mended(config_class)
         if config is not None:
-            found += [self._located(fault) for fault in faults_of(config) if not _is_about(fault, mended)]
+            found += [self.located(fault) for fault in faults_of(config) if not _is_about(fault, mended)]
         if found or config is None:
             raise PresetError(f"{self.path} cannot be used:\n" + "\n".join(f"  {fault}" for fault in found))
         return config
@@ -88,13 +86,14 @@ class Preset:
                 for detail in error.errors():
                     fault: dict[str, Any] = dict(detail)
                     location = _in_the_file(fault["loc"])
-                    if location not in mended:
+                    follows = attempt and _is_about(fault["msg"], mended)
+                    if location not in mended and not follows:
                         found.append(self._fault(fault, config_class))
                     mended.add(location)
                     _mend(values, location, STAND_INS[attempt % len(STAND_INS)])
         return None, mended, found
 
-    def _located(self, fault: str) -> str:
+    def located(self, fault: str) -> str:
         """The fault behind the line of the key that it begins with."""
         key = _KEY.match(fault)
         line = self._line(_location(key.group())) if key else None
@@ -142,6 +141,10 @@ class Preset:
             return f"{where}: is missing; add it"
         found = "" if isinstance(fault["input"], dict) else f"; found {fault['input']!r}"
         return f"{where}: {told}{found}"
+
+
+def _kind_of(values: object) -> str:
+    return "nothing" if values is None else type(values).__name__
 
 
 def _scalar(text: str) -> Any:

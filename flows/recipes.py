@@ -29,7 +29,8 @@ class Recipe:
     ) -> None:
         preset = Preset(path, overrides or ())
         if preset.recipe not in RECIPES:
-            raise PresetError(f"{path}: recipe is {preset.recipe!r}; this version has: {', '.join(RECIPES)}")
+            told = f"recipe is {preset.recipe!r}; this version has: {', '.join(RECIPES)}"
+            raise PresetError(f"{path} cannot be used:\n  {preset.located(told)}")
         module_name, config_name, flow_name = RECIPES[preset.recipe]
         with importing_prefect():
             module = importlib.import_module(module_name)
