@@ -32,7 +32,8 @@ from flows.planning import checked_recipe
 from flows.presets import PresetError
 from flows.recipes import Recipe
 from flows.server import ServerError, announced, importing_prefect, private_server, private_worker, served_address
-from flows.terminal import Lines, iteration_tables, published_table, yield_table
+from flows.terminal import iteration_tables, published_table, yield_table
+from flows.watching import Lines
 from storage.experiments import Experiment
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__)

@@ -70,7 +70,8 @@ BROKEN = {
         "autoif", ("experiment: autoif-smoke", "experiment: auto/if"), "experiment", "experiment:", ("match pattern",)
     ),
     "unknown recipe": Broken(
-        "rest_em", ("recipe: rest_em", "recipe: ppo"), "recipe", "recipe:", ("recipe is 'ppo'", "this version has: rest_em")
+        "rest_em", ("recipe: rest_em", "recipe: ppo"), "recipe", "recipe:",
+        ("recipe is 'ppo'", "this version has: rest_em")
     ),
     "unknown engine": Broken(
         "spin", ("engine: {kind: fake}", "engine: {kind: sglang}"), "engine", "engine:", ("'sglang'", "'vllm'")
@@ -103,7 +104,7 @@ BROKEN = {
         ("temperature is 0.5 but greedy was asked for",),
     ),
     "many rollouts at temperature 0": Broken(
-        "rest_em", ("sampling: {rollouts_per_prompt: 4, temperature: 0.8", "sampling: {rollouts_per_prompt: 4, temperature: 0"),
+        "rest_em", ("0.8, max_completion_tokens: 64, pro", "0, max_completion_tokens: 64, pro"),
         "sampling.rollouts_per_prompt", "temperature: 0,", ("all rollouts of a prompt are the same",),
     ),
     "unknown strategy": Broken(
@@ -169,7 +170,7 @@ BROKEN = {
         ("also stands in dev", "take other rows"),
     ),
     "unclear licence": Broken(
-        "instruct_tuning", ("- source: {arithmetic: {kind: sums, problems: 80}}", "- source: {hub: teknium/OpenHermes-2.5}"),
+        "instruct_tuning", ("{arithmetic: {kind: sums, problems: 80}}", "{hub: teknium/OpenHermes-2.5}"),
         "conversations.sources.0", "OpenHermes", ("accept_unclear_licence",),
     ),
     "unknown benchmark": Broken(
