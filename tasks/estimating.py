@@ -283,7 +283,7 @@ def _sources(history: History, estimator: _Estimator) -> dict[str, str]:
     size = "the newest data sets and models of each step"
     return {
         "tokens_drawn": length + ledger,
-        "tokens_trained": f"optimizer steps x batch x tokens of the first prompt and of a completion ({length})",
+        "tokens_trained": f"optimizer steps x batch x (first prompt + completion); completions: {length}",
         "seconds": speed,
         "bytes": f"{rules.BYTES_A_TOKEN:g} bytes a token, assumed" if estimator.assumed["bytes"] else size,
     }

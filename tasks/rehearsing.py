@@ -262,7 +262,7 @@ def _told_of(tokenizer: Tokenizer) -> str:
     bos = tokenizer.bos_token_id
     times = 0 if bos is None else prompt.count(bos)
     shown.append(f"BOS {tokenizer.bos_token!r} {'once' if times else 'not written'}" if bos is not None else "no BOS")
-    shown.append(f"the {len(prompt)} tokens of a prompt are masked")
+    shown.append(f"what comes before a completion is not trained ({len(prompt)} tokens around a probe)")
     if tokenizer.pad_token_id is not None and tokenizer.pad_token_id == tokenizer.eos_token_id:
         shown.append("the padding token is EOS; padding is told by the attention mask")
     return "; ".join(shown)
