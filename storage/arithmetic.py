@@ -7,6 +7,7 @@ so no training prompt shares both with a test prompt, whatever names and things 
 import hashlib
 import random
 import threading
+from bisect import bisect
 from collections.abc import Callable, Iterator, Sequence
 from functools import cache, lru_cache
 from itertools import accumulate, islice
@@ -199,13 +200,14 @@ def _belongs(story: Story, settings: Arithmetic) -> bool:
 
 
 def _choose(rng: random.Random, weights: dict[str, int]) -> str:
+    """As rng.choices with these weights, whose checks and sums take three times as long."""
     names, cumulative = _cumulative(tuple(weights.items()))
-    return rng.choices(names, cum_weights=cumulative)[0]
+    return names[bisect(cumulative, rng.random() * cumulative[-1], 0, len(names) - 1)]
 
 
 @cache
-def _cumulative(weights: tuple[tuple[str, int], ...]) -> tuple[list[str], list[int]]:
-    return [name for name, _ in weights], list(accumulate(weight for _, weight in weights))
+def _cumulative(weights: tuple[tuple[str, int], ...]) -> tuple[list[str], list[float]]:
+    return [name for name, _ in weights], list(accumulate(float(weight) for _, weight in weights))
 
 
 def _values(steps: Sequence[Step]) -> list[int]:
