@@ -16,8 +16,19 @@ from typing import Annotated
 
 import typer
 
-from flows import exporting, inspecting, measuring
-from flows.console import HomeOption, JsonOption, err, fail, out, print_json, use_home
+from flows import exporting, inspecting, measuring, planning
+from flows.console import (
+    HomeOption,
+    JsonOption,
+    PresetArgument,
+    SetOption,
+    err,
+    fail,
+    out,
+    print_json,
+    use_home,
+)
+from flows.planning import checked_recipe
 from flows.presets import PresetError
 from flows.recipes import Recipe
 from flows.server import (
@@ -29,15 +40,14 @@ from flows.server import (
     private_worker,
     served_address,
 )
-from flows.terminal import Lines, iteration_tables, plan_table, published_table, yield_table
+from flows.terminal import iteration_tables, published_table, yield_table
+from flows.watching import Lines
 from storage.experiments import Experiment
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__)
 
-PresetArgument = Annotated[Path, typer.Argument(help="a preset, for instance deployments/presets/rest_em/tiny.yaml")]
 POOL = "ratchet"
 PoolOption = Annotated[str, typer.Option(help="the work pool")]
-SetOption = Annotated[list[str] | None, typer.Option("--set", help="a.b=c, over the preset; may be given again")]
 
 
 @app.command()
@@ -61,7 +71,7 @@ def run(
         from tasks.sandbox import isolation
 
         isolation(allow_unsandboxed=True)  # of this process, whatever the preset says; rows tell what they ran in
-    recipe = _checked(preset, set_)
+    recipe = checked_recipe(preset, set_)
     from tasks.recording import listening
     from tasks.serving import close_engines, stop, stopping
 
@@ -99,27 +109,6 @@ def run(
     out.print(f"Report: {experiment.folder / 'report.html'}", soft_wrap=True)
 
 
-@app.command()
-def plan(preset: PresetArgument, set_: SetOption = None, home_: HomeOption = None, json_: JsonOption = False) -> None:
-    """Check everything, show what would run and what is cached; no model is loaded and nothing is written."""
-    use_home(home_)
-    recipe = _checked(preset, set_)
-    from tasks.checking import first_prompts
-    from tasks.planning import planning
-
-    with planning() as planned:
-        recipe.flow.fn(recipe.config)
-    prompts = first_prompts(recipe.config)
-    if json_:
-        steps = [step._asdict() for step in planned]
-        print_json({"config": recipe.config.model_dump(mode="json"), "steps": steps, "first_prompts": prompts})
-        return
-    out.print(plan_table(planned))
-    for label, text in prompts.items():
-        out.print(f"\n[bold]First prompt, {label}[/bold]")
-        out.print(text, markup=False)
-
-
 for inspect in (
     inspecting.status,
     inspecting.show,
@@ -129,6 +118,7 @@ for inspect in (
     inspecting.gc,
 ):
     app.command()(inspect)
+app.command()(planning.plan)
 app.command()(exporting.export)
 app.command()(measuring.evaluate)
 app.command()(measuring.view_logprobs)
@@ -251,19 +241,6 @@ def _given_server() -> str | None:
     if "PREFECT_API_URL" not in os.environ and (address := served_address()):
         point_prefect_at(f"{address}/api")
     return os.environ.get("PREFECT_API_URL")
-
-
-def _checked(path: Path, overrides: list[str] | None) -> Recipe:
-    try:
-        recipe = Recipe(path, overrides)
-        from tasks.checking import faults
-
-        found = faults(recipe.config)
-    except PresetError as error:
-        fail(str(error), 2)
-    if found:
-        fail(f"{path} cannot be run:\n" + "\n".join(f"  {fault}" for fault in found), 2)
-    return recipe
 
 
 def _command(preset: Path, overrides: list[str] | None, folder: str | None, flags: list[str]) -> str:

@@ -1,6 +1,7 @@
 """The recipes there are, and a preset read into the config and the flow of its own."""
 
 import importlib
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,14 +21,20 @@ RECIPES = {
 class Recipe:
     """A preset read into its recipe's config, with the flow that runs it."""
 
-    def __init__(self, path: Path, overrides: list[str] | None = None) -> None:
+    def __init__(
+        self,
+        path: Path,
+        overrides: list[str] | None = None,
+        faults_of: Callable[[Any], Sequence[str]] = lambda _: (),
+    ) -> None:
         preset = Preset(path, overrides or ())
         if preset.recipe not in RECIPES:
-            raise PresetError(f"{path}: recipe is {preset.recipe!r}; this version has: {', '.join(RECIPES)}")
+            told = f"recipe is {preset.recipe!r}; this version has: {', '.join(RECIPES)}"
+            raise PresetError(f"{path} cannot be used:\n  {preset.located(told)}")
         module_name, config_name, flow_name = RECIPES[preset.recipe]
         with importing_prefect():
             module = importlib.import_module(module_name)
         self.values: dict[str, Any] = preset.values  # as written
-        self.config = preset.config(getattr(module, config_name))
+        self.config = preset.config(getattr(module, config_name), faults_of)
         self.flow = getattr(module, flow_name)
         self.entrypoint = f"{module_name}.{flow_name}"

@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 class Settings(BaseModel):
     """Base of all settings."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=(), allow_inf_nan=False)
     not_in_key: ClassVar[frozenset[str]] = frozenset()
 
     def key(self) -> dict[str, Any]:
@@ -139,6 +139,8 @@ class OpenAI(Settings):
     @classmethod
     def _without_secrets(cls, endpoints: tuple[str, ...]) -> tuple[str, ...]:
         for number, endpoint in enumerate(endpoints, start=1):
+            if urlsplit(endpoint).scheme not in ("http", "https") or not urlsplit(endpoint).hostname:
+                raise ValueError(f"endpoint {number} is {endpoint!r}, a URL was expected: http://10.0.0.7:8000/v1")
             if urlsplit(endpoint).username is not None or urlsplit(endpoint).query:
                 raise ValueError(
                     f"endpoint {number} holds a user name or a query, and settings are kept on disk; give the URL "
@@ -210,6 +212,15 @@ class Optimization(Settings):
     report_to: tuple[Literal["trackio", "tensorboard", "wandb"], ...] = ()
     threads: int | None = Field(default=None, ge=1)  # CPU threads a process; with 1, equal runs give equal bytes
     accelerate_config: str | None = None  # a file of `accelerate config`; None: one process on this machine
+
+    @model_validator(mode="after")
+    def _batch_comes_out_even(self) -> "Optimization":
+        if self.per_device_batch_size is not None and self.global_batch_size % self.per_device_batch_size:
+            raise ValueError(
+                f"per_device_batch_size is {self.per_device_batch_size}, which does not divide global_batch_size "
+                f"{self.global_batch_size}; make the latter a multiple of it"
+            )
+        return self
 
 
 class ChatTokens(Settings):
@@ -292,6 +303,8 @@ class Preference(Optimization):
     def _a_weight_for_each_loss(self) -> "Preference":
         if self.loss_weights is not None and len(self.loss_weights) != len(self.loss_type):
             raise ValueError(f"{len(self.loss_weights)} loss_weights for {len(self.loss_type)} loss_type entries")
+        if self.loss_weights is not None and (min(self.loss_weights) < 0 or not any(self.loss_weights)):
+            raise ValueError(f"loss_weights are {self.loss_weights}; none may be below 0, and one is to be above it")
         return self
 
     @model_validator(mode="after")

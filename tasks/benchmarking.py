@@ -248,6 +248,8 @@ def _sample(answer: harness.Answer, benchmark: Benchmark, policy: ModelRef) -> B
 def _sentences() -> str:
     """How IFEval tells sentences apart here; a plan downloads nothing."""
     root = os.environ.get("RATCHET_DATA")
-    may_download = current_plan() is None and os.environ.get("HF_HUB_OFFLINE") != "1"
     folders = [Path(root, "nltk_data")] if root else []
+    if current_plan() is not None:
+        return ifeval_libraries.sentence_model_here(folders)
+    may_download = os.environ.get("HF_HUB_OFFLINE") != "1"
     return ifeval_libraries.prepare_ifeval(folders, may_download=may_download)

@@ -13,7 +13,7 @@ from models import fake_engine
 from models.chat import chat_of, load_tokenizer, render_conversation
 from models.specs import ModelRef, Settings
 from storage.datasets import DatasetRef, read_rows, write_rows
-from storage.hub import Source, read_records, source_key, source_name
+from storage.hub import NotAtHand, Source, read_records, source_key, source_name
 from storage.rows import ChatPair, Conversation, Prompt
 from tasks import chats as rules
 from tasks.caching import log_counts, step
@@ -147,18 +147,20 @@ def mix_chats(
 
 
 def faults_of(mixture: Mixture) -> Iterator[str]:
-    """What is wrong with the sources of a mixture, found by reading the first row of each."""
-    for entry in mixture.sources:
-        name = source_name(entry.source)
+    """What is wrong with the sources of a mixture, found by reading the first row of each; the key comes first."""
+    for number, entry in enumerate(mixture.sources):
+        key, name = f"sources[{number}]", source_name(entry.source)
         try:
             first = next(read_records(entry.source), None)
+        except NotAtHand:  # a plan says so
+            continue
         except (ValueError, OSError) as error:
-            yield str(error)
+            yield f"{key}: {error}"
             continue
         if first is None:
-            yield f"{name} has no rows; see `rows` and `limit` of the source"
+            yield f"{key}: {name} has no rows; see `rows` and `limit` of the source"
         elif missing := rules.missing_columns(first[1], entry.columns, entry.filters, mixture.content):
-            yield f"{name} row {first[0]}: {missing}"
+            yield f"{key}: {name} row {first[0]}: {missing}"
 
 
 def first_prompt(mixture: Mixture) -> str:

@@ -82,10 +82,10 @@ class _Bar:
         seconds = max(time.monotonic() - self.since, 0.1)
         speed = (event.done - self.done_before) / seconds
         left = f", about {(event.total - event.done) / speed:,.0f} s left" if speed and event.done < event.total else ""
-        told = (
-            f"{self.name}: {event.done:,} of {event.total:,} rows ({event.reused:,} were there), "
-            f"{speed:,.1f} rows/s, {event.tokens / seconds:,.0f} tokens/s{left}"
-        )
+        there = f" ({event.reused:,} were there)" if event.reused else ""
+        more = event.detail or f"{event.tokens / seconds:,.0f} tokens/s"
+        rows = f"{event.done:,} of {event.total:,} {event.unit}{there}"
+        told = f"{self.name}: {rows}, {speed:,.1f} a second, {more}{left}"
         percent = 100.0 * event.done / max(event.total, 1)
         if self.artifact is None:
             made = create_progress_artifact(percent, key=_artifact_key(self.name), description=told)

@@ -29,6 +29,18 @@ _SPLIT: ContextVar[str | None] = ContextVar("split", default=None)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class ShardProgress:
+    """Rows finished so far of one shard."""
+
+    number: int
+    done: int
+    total: int
+    tokens: int
+    compared: int  # rollouts drawn whose prompt has a gold answer
+    matching: int  # of these, those with that answer: what an answer match would keep
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Progress:
     """Rows finished so far by a step that is still running."""
 
@@ -40,6 +52,8 @@ class Progress:
     reused: int  # of `done`, rows that were there already
     split: str | None = None
     unit: str = "rollouts"  # what is counted
+    shards: tuple[ShardProgress, ...] = ()  # of a step that has any
+    detail: str = ""  # more of how it goes, for instance a training's loss
 
 
 Listener = Callable[[StepRecord | Progress], None]
@@ -49,9 +63,10 @@ _listeners: list[Listener] = []
 class Run:
     """One run of an experiment in this process."""
 
-    def __init__(self, experiment: Experiment, *, advance: bool) -> None:
+    def __init__(self, experiment: Experiment, *, advance: bool, marker: str = "") -> None:
         self.id = uuid.uuid4().hex[:12]
         self.experiment = experiment
+        self.marker = marker  # before final answers; empty: completions have none
         self.advance = advance  # end after the first iteration that has something to do
         self.fresh: set[int | None] = set()  # iterations in which a step was done and not reused
 
@@ -85,7 +100,7 @@ def experiment_run(name: str, config: Mapping[str, Any], *, advance: bool = Fals
         yield experiment
         return
     with exclusive(f"experiment-{name}", wait_seconds=0):
-        run = Run(experiment, advance=advance)
+        run = Run(experiment, advance=advance, marker=str(config.get("marker") or ""))
         flow = FlowRunContext.get()
         flow_run_id = str(flow.flow_run.id) if flow is not None and flow.flow_run is not None else None
         experiment.begin(run.id, config, flow_run_id=flow_run_id)

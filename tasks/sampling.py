@@ -117,7 +117,7 @@ def _run_shards(
         sampling=sampling,
         engine=engine,
         ledger=ledger,
-        meter=Meter(total, total - wanted),
+        meter=Meter(total, total - wanted, shards={shard.number: _done_of(shard, sampling) for shard in shards}),
     )
     errors: dict[int, Exception] = {}
     set_aside: dict[str, str] = {}
@@ -156,6 +156,12 @@ def _run_shards(
     detail = "; ".join(f"prompt {prompt_id} set aside: {error}" for prompt_id, error in set_aside.items())
     seconds = time.monotonic() - started
     record_step("sample_rollouts", rows=total, seconds=seconds, counts=counts, cached=not wanted, detail=detail)
+
+
+def _done_of(shard: Shard, sampling: Sampling) -> tuple[int, int]:
+    """Rows of a shard that are in the ledger, and all of them."""
+    total = len(shard.prompts) * sampling.rollouts_per_prompt
+    return total - sum(mask.bit_count() for mask in shard.wanted.values()), total
 
 
 def _shard_body(job: Job, shard: Shard) -> Callable[[], Outcome]:

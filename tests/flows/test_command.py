@@ -225,11 +225,11 @@ def test_a_plan_with_another_learning_rate_runs_training_and_what_follows(finish
 def test_a_plan_tells_its_config_steps_and_first_prompts_to_programs(ratchet_home: Path) -> None:
     told = json_of("plan", SMOKE)
     assert told["config"]["experiment"] == "rest-em-smoke"
-    assert set(told["steps"][0]) == {"step", "iteration", "cached", "why", "rows", "reads"}
-    assert told["steps"][0] | {"reads": ""} == {
+    assert set(told["steps"][0]) == {"step", "iteration", "cached", "why", "rows", "reads", "estimate"}
+    assert {name: value for name, value in told["steps"][0].items() if name != "estimate"} == {
         "step": "load_prompts", "iteration": None, "cached": False, "why": "not done yet", "rows": 60, "reads": "",
     }  # fmt: skip
-    assert set(told["first_prompts"]) == {"base", "trained policies"}
+    assert set(told["first_prompts"]) == {"base", "trained policies", "evaluation on dev", "evaluation on test"}
 
 
 @pytest.mark.flow
