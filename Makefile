@@ -14,7 +14,7 @@ ifneq ($(wildcard ../shared/data),)
 export RATCHET_DATA ?= $(abspath ../shared/data)
 endif
 
-.PHONY: demo test test-slow check format bench ui clean install lock
+.PHONY: demo test test-slow check format docs bench ui clean install lock
 
 demo: $(READY)
 	$(BIN)/ratchet run deployments/presets/rest_em/tiny.yaml
@@ -35,6 +35,9 @@ check: $(READY)
 format: $(READY)
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
+
+docs: $(READY)
+	$(BIN)/python -m docs.generate
 
 bench: $(READY)
 	for script in benchmarks/bench_*.py; do $(BIN)/python "$$script" || exit 1; done

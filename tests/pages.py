@@ -16,7 +16,7 @@ BLOCK = re.compile(r"^(?:<!-- (?P<marker>[^\n]+?) -->\n)?```(?P<language>\w*)\n(
 LINK = re.compile(r"(?<!\!)\[[^\]]*\]\((?P<target>[^)\s]+)\)")
 HEADING = re.compile(r"^#{1,6} (?P<title>.+)$", re.M)
 FILE = re.compile(
-    r"\b(?:deployments|docs|benchmarks|flows|tasks|models|storage|tests)/[\w./-]+\.(?:yaml|json|md|py|sbatch)\b"
+    r"\b(?:deployments|docs|benchmarks|flows|tasks|models|storage|tests)/[\w./-]+\.(?:yaml|json|md|py|sbatch)\b(?!:\d)"
 )
 
 

@@ -1,8 +1,8 @@
 """What the documentation says is so: its commands run, its settings validate, its links lead somewhere.
 
 A page's blocks are run in order, in a copy of the repository. `<!-- slow: 4 min -->` above a block leaves it to
-tests/slow, `<!-- needs: a GPU -->` leaves it out; of such blocks, and of the README's, every command, option and file is
-checked to exist.
+tests/slow, `<!-- needs: a GPU -->` leaves it out; of such blocks, and of the README's, every command, option and file
+is checked to exist.
 """
 
 import ast
@@ -24,24 +24,8 @@ from tests.flows.builders import PRESETS
 from tests.pages import DOCS, FILE, LINK, PAGES, README, REPOSITORY, Block, anchors, blocks, commands, messages, prose
 
 SECONDS_A_BLOCK = 300.0  # many times what it takes, for machines that do other things too
-PLACEHOLDER = re.compile(r"\[?[A-Z][A-Z_/\[\]N]+\]?$")  # PRESET, [EXPERIMENT], PROMPT_ID[/N]
-OTHERS = {
-    "cd",
-    "cp",
-    "curl",
-    "docker",
-    "echo",
-    "export",
-    "git",
-    "head",
-    "kubectl",
-    "ls",
-    "mkdir",
-    "mv",
-    "pip",
-    "python",
-}
-OTHERS |= {"prefect", "rsync", "sbatch", "tail", "tar", "true", "nvidia-smi"}
+OTHERS = {"cd", "cp", "docker", "echo", "export", "head", "ls", "mkdir", "pip", "prefect", "rm", "sbatch", "source"}
+OTHERS |= {"tail", "true", "truncate"}
 EXPECTED_RUN = {
     "deploy",
     "doctor",
@@ -162,8 +146,9 @@ def flow_lines(file: Path, function: str) -> list[tuple[int, str]]:
 
 
 def simple_commands(line: str) -> list[list[str]]:
-    """The commands of a line with &&, || and |, as words; what stands in $(...) is one word of them."""
-    lexer = shlex.shlex(re.sub(r"\$\([^()]*\)", "SUBSTITUTED", line), posix=True, punctuation_chars="&|;")
+    """The commands of a line with &&, || and |, as words; what stands in $(...) is one word, of a|b it is a."""
+    plain = re.sub(r"(?<=\w)\|[\w|-]+", "", re.sub(r"\$\([^()]*\)", "SUBSTITUTED", line))
+    lexer = shlex.shlex(plain, posix=True, punctuation_chars="&|;")
     lexer.whitespace_split = True
     found: list[list[str]] = [[]]
     for word in lexer:
@@ -183,7 +168,9 @@ def is_variable(words: list[str], place: int) -> bool:
 def check_command(words: list[str]) -> None:
     """Fail unless the program is one of ours or a known one, with a target, a sub-command and options that exist."""
     program, *rest = words
-    if program == "ratchet":
+    if program == "timeout":  # --signal NAME SECONDS COMMAND ...
+        check_command(rest[3:])
+    elif program == "ratchet":
         check_ratchet(rest)
     elif program == "make":
         targets = re.findall(r"^([a-z-]+):", (REPOSITORY / "Makefile").read_text(), re.M)
