@@ -4,7 +4,7 @@ import ast
 import inspect
 import re
 import types
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import typer
@@ -101,7 +101,7 @@ def _steps_that_write() -> dict[str, set[str]]:
 
 def _settings_class(found: type[BaseModel], titles: dict[type[BaseModel], str]) -> str:
     comments = comments_of(found)
-    silent = getattr(found, "not_in_key", frozenset())
+    silent: frozenset[str] = getattr(found, "not_in_key", frozenset())
     hints = get_type_hints(found)
     rows = [
         (
@@ -196,6 +196,6 @@ def _told(comment: str) -> str:
     return re.sub(r"\bNone\b", "null", comment).replace("<", "&lt;")
 
 
-def _table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
+def _table(head: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> str:
     lines = [head, tuple("---" for _ in head), *rows]
     return "".join(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in line)} |\n" for line in lines)
