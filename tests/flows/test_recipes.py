@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import pytest
+from prefect.flows import load_flow_from_entrypoint
 from typer.testing import CliRunner
 
 from flows.__main__ import app
@@ -54,7 +55,7 @@ def test_a_recipe_of_another_package_is_planned_run_and_found_done(site: Path, m
     ]
     again = CliRunner().invoke(app, ["plan", preset])
     assert again.stdout.startswith("37 of 37 steps are cached")
-    assert Recipe(Path(preset)).entrypoint == "iterative_rpo.iterative_rpo"  # what a worker imports
+    assert load_flow_from_entrypoint(Recipe(Path(preset)).entrypoint).name == "iterative-rpo"  # what a worker does
 
 
 def test_the_worked_example_is_under_80_lines() -> None:
