@@ -20,7 +20,15 @@ from flows import exporting, inspecting, measuring
 from flows.console import HomeOption, JsonOption, err, fail, out, print_json, use_home
 from flows.presets import PresetError
 from flows.recipes import Recipe
-from flows.server import ServerError, announced, importing_prefect, private_server, private_worker, served_address
+from flows.server import (
+    ServerError,
+    announced,
+    importing_prefect,
+    point_prefect_at,
+    private_server,
+    private_worker,
+    served_address,
+)
 from flows.terminal import Lines, iteration_tables, plan_table, published_table, yield_table
 from storage.experiments import Experiment
 
@@ -58,8 +66,8 @@ def run(
     from tasks.serving import close_engines, stop, stopping
 
     stopping.clear()
-    again = _command(preset, set_, home_)
-    again += " --allow-unsandboxed" if allow_unsandboxed else ""
+    flags = [*(["--allow-unsandboxed"] if allow_unsandboxed else []), *(["--advance"] if advance else [])]
+    again = _command(preset, set_, home_, flags)
     plain = f"{again} --no-prefect-server"
     go_on = plain if no_prefect_server else again
     experiment = Experiment(recipe.config.experiment)
@@ -240,8 +248,6 @@ def _run_flow(recipe: Recipe, *, plainly: bool, advance: bool) -> None:
 
 def _given_server() -> str | None:
     """The API of a server that is up already: the user's, or the one of `ratchet ui` over this home."""
-    from flows.server import point_prefect_at
-
     if "PREFECT_API_URL" not in os.environ and (address := served_address()):
         point_prefect_at(f"{address}/api")
     return os.environ.get("PREFECT_API_URL")
@@ -260,10 +266,10 @@ def _checked(path: Path, overrides: list[str] | None) -> Recipe:
     return recipe
 
 
-def _command(preset: Path, overrides: list[str] | None, folder: str | None) -> str:
+def _command(preset: Path, overrides: list[str] | None, folder: str | None, flags: list[str]) -> str:
     """The command line that continues this run."""
     options = [part for override in overrides or () for part in ("--set", override)]
-    return shlex.join(["ratchet", "run", str(preset), *options, *(["--home", folder] if folder else [])])
+    return shlex.join(["ratchet", "run", str(preset), *options, *(["--home", folder] if folder else []), *flags])
 
 
 @contextlib.contextmanager

@@ -21,7 +21,7 @@ from storage.hub import Source
 from tasks.calibrating import check_judge
 from tasks.calibrations import JudgeGate
 from tasks.checking import Read, reads_of_splits
-from tasks.evaluating import Evaluation, HeldOut
+from tasks.evaluating import Evaluation, load_held_out
 from tasks.examining import Examination, FilterAbove, examine
 from tasks.judgements import Asking, Judge, as_it_is
 from tasks.judging import check_labels, judge_rollouts
@@ -162,7 +162,7 @@ def generator_evaluator(config: GeneratorEvaluator, *, advance: bool = False) ->
     with experiment_run(config.experiment, config.model_dump(mode="json"), advance=advance) as experiment:
         few_shot, examples = first_template(config.template, config.few_shot, config.train, config.marker)
         train = load_prompts(config.train, without=examples)
-        held_out = HeldOut(load_prompts(config.dev, without=()), load_prompts(config.test, without=()))
+        held_out = load_held_out(config.dev, config.test)
         how = config.examination
         with iteration(0):
             base = open_base(config)

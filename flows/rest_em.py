@@ -22,7 +22,7 @@ from models.specs import (
 )
 from storage.hub import Source
 from tasks.checking import Read, reads_of_splits
-from tasks.evaluating import Evaluation, HeldOut, assess
+from tasks.evaluating import Evaluation, assess, load_held_out
 from tasks.loading import draw_prompts, load_prompts
 from tasks.metrics import parse_strategy
 from tasks.pairing import pair_rollouts
@@ -111,7 +111,7 @@ def rest_em(config: RestEM, *, advance: bool = False) -> ModelRef:
     with experiment_run(config.experiment, config.model_dump(mode="json"), advance=advance) as experiment:
         few_shot, examples = first_template(config.template, config.few_shot, config.train, config.marker)
         train = load_prompts(config.train, without=examples)
-        held_out = HeldOut(load_prompts(config.dev, without=()), load_prompts(config.test, without=()))
+        held_out = load_held_out(config.dev, config.test)
         with iteration(0):
             base = open_base(config.base, config.template, config.marker)
             incumbent = assess(base, few_shot, held_out, config.evaluation, config.gate, config.engine, config.marker)

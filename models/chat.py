@@ -30,6 +30,14 @@ def messages_of(template: PromptTemplate, prompt: str) -> tuple[Message, ...]:
     return (*system, {"role": "user", "content": _filled(template.user, prompt)})
 
 
+def chat_of(roles: Sequence[str], contents: Sequence[str], system: str | None) -> tuple[Message, ...]:
+    """The messages of a stored chat as they are, after the system text where they have none."""
+    messages = tuple({"role": role, "content": text} for role, text in zip(roles, contents, strict=True))
+    if system is None or roles[0] == "system":
+        return messages
+    return ({"role": "system", "content": system}, *messages)
+
+
 def load_tokenizer(
     weights: str, chat_template: str | None, trust_remote_code: bool, *, revision: str | None = None
 ) -> Tokenizer:

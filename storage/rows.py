@@ -4,6 +4,7 @@ A row type *is* its Parquet schema (storage/schemas.py). Text here is plain: no 
 """
 
 from dataclasses import dataclass, fields
+from functools import cache
 from typing import Any, TypeVar
 
 R = TypeVar("R", bound="Row")
@@ -16,8 +17,13 @@ class Row:
 
 def derive(row_type: type[R], row: Row, **more: Any) -> R:
     """A row of another type with what it has in common with this one, and more."""
-    names = {field.name for field in fields(row)} - more.keys()
-    return row_type(**{one.name: getattr(row, one.name) for one in fields(row_type) if one.name in names}, **more)
+    return row_type(**{name: getattr(row, name) for name in _shared(row_type, type(row)) if name not in more}, **more)
+
+
+@cache
+def _shared(one: type[Row], other: type[Row]) -> list[str]:
+    names = {field.name for field in fields(other)}
+    return [field.name for field in fields(one) if field.name in names]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

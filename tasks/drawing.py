@@ -34,8 +34,8 @@ class Job:
 class Meter:
     """Rows and tokens finished over all shards, announced about once a second."""
 
-    def __init__(self, total: int, reused: int, step: str = "sample_rollouts") -> None:
-        self.total, self.reused, self.step = total, reused, step
+    def __init__(self, total: int, reused: int, step: str = "sample_rollouts", unit: str = "rollouts") -> None:
+        self.total, self.reused, self.step, self.unit = total, reused, step, unit
         self.done, self.tokens = reused, 0
         self._lock = threading.Lock()
         self._announced = 0.0
@@ -57,6 +57,7 @@ class Meter:
                 tokens=self.tokens,
                 reused=self.reused,
                 split=current_split(),
+                unit=self.unit,
             )
         announce(progress)
 

@@ -8,9 +8,11 @@ from pydantic import Field, model_validator
 
 from models.specs import EngineSettings, ModelRef, PromptTemplate, Sampling, Settings
 from storage.datasets import DatasetRef, read_rows, write_rows
+from storage.hub import Source
 from storage.rows import EvaluatedPrompt, Metric, ScoredRollout
 from tasks.caching import step
 from tasks.headlining import AVERAGE
+from tasks.loading import load_prompts
 from tasks.metrics import evaluate_prompt, parse_strategy, summarise
 from tasks.promotion import Decision, Gate, decide, hold_to_benchmarks
 from tasks.recording import split
@@ -54,6 +56,11 @@ class Contender(NamedTuple):
     test: DatasetRef  # EvaluatedPrompt rows of all strategies
     benchmarks: DatasetRef | None = None  # EvaluatedPrompt rows of benchmarks, where the gate looks at them
     floor: DatasetRef | None = None  # the base's, which they may not be far below
+
+
+def load_held_out(dev: Source, test: Source) -> HeldOut:
+    """The prompts of both splits."""
+    return HeldOut(load_prompts(dev, without=()), load_prompts(test, without=()))
 
 
 def assess(

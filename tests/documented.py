@@ -10,7 +10,9 @@ from pathlib import Path
 from tests.benchmark_documents import write_documents
 from tests.pages import REPOSITORY, Block, blocks
 
-LEFT_BEHIND = shutil.ignore_patterns(".git", ".venv*", "__pycache__", ".*_cache", ".hypothesis", "ratchet-home")
+LEFT_BEHIND = shutil.ignore_patterns(
+    ".git", ".venv*", "__pycache__", ".*_cache", ".hypothesis", "ratchet-home", ".peers"
+)
 SCRIPTS = {"ratchet": "flows.__main__:main", "prefect": "prefect.cli:app", "pip": "pip._internal.cli.main:main"}
 CONSOLE = "#!{python}\nimport sys\nfrom {module} import {function}\nsys.exit({function}())\n"
 
