@@ -56,7 +56,7 @@ def run(
     set_: SetOption = None,
     home_: HomeOption = None,
     no_prefect_server: Annotated[
-        bool, typer.Option(help="run without Prefect: nothing to watch, same results")
+        bool, typer.Option("--no-prefect-server", help="run without Prefect: nothing to watch, same results")
     ] = False,
     allow_unsandboxed: Annotated[
         bool, typer.Option("--allow-unsandboxed", help="let generated verifiers run where no sandbox can be had")
