@@ -29,6 +29,7 @@ class Job:
     engine: EngineSettings
     ledger: Ledger
     meter: "Meter"
+    wanted: dict[str, int]  # prompt_id -> mask of rollout indexes, in the ledger or not
 
 
 class Meter:
@@ -39,6 +40,13 @@ class Meter:
         self.done, self.tokens = reused, 0
         self._lock = threading.Lock()
         self._announced = 0.0
+
+    def expect(self, total: int, reused: int) -> None:
+        """There is more to do than was known at the beginning."""
+        with self._lock:
+            self.total += total
+            self.reused += reused
+            self.done += reused
 
     def add(self, *, rows: int = 1, tokens: int = 0) -> None:
         """Count rows that are finished, and the tokens that were written for them."""
@@ -68,6 +76,7 @@ class Shard:
     number: int
     prompts: list[Prompt]
     wanted: dict[str, int]  # prompt_id -> mask of rollout indexes not in the ledger
+    rows: int  # that it sees to, in the ledger or not
     attempts: int = field(default=0)
 
 

@@ -82,7 +82,11 @@ def assess(
 
 @step(version="1")
 def evaluate_answers(scored: tuple[DatasetRef, ...], strategies: tuple[tuple[str, ...], ...]) -> DatasetRef:
-    """One row a prompt and strategy; the n-th strategies look at the n-th scored rollouts."""
+    """One row a prompt and strategy; the n-th strategies look at the n-th scored rollouts.
+
+    Raises:
+        ValueError: prompts have different numbers of rollouts, as adaptive sampling leaves them.
+    """
     rows = (
         evaluate_prompt(rollouts, parse_strategy(name))
         for reference, names in zip(scored, strategies, strict=True)
@@ -122,5 +126,13 @@ def metrics_of(evaluated: DatasetRef, split: str, seed: int) -> list[Metric]:
 
 
 def _by_prompt(scored: DatasetRef) -> Iterator[Sequence[ScoredRollout]]:
-    for _, rollouts in groupby(read_rows(scored, ScoredRollout), key=lambda row: row.prompt_id):
-        yield list(rollouts)
+    number: int | None = None
+    for prompt_id, group in groupby(read_rows(scored, ScoredRollout), key=lambda row: row.prompt_id):
+        rollouts = list(group)
+        if number not in (None, len(rollouts)):
+            raise ValueError(
+                f"{scored.name} has {number} rollouts of its first prompt and {len(rollouts)} of {prompt_id}: sampling "
+                "that stops on what it finds is biased, and no figure is made of it; evaluate with as many of each"
+            )
+        number = len(rollouts)
+        yield rollouts
