@@ -46,7 +46,7 @@ def sample_until_enough(
         ShardsFailed: as `sample_rollouts`.
     """
     if sampling.adaptive is None:
-        return sample_rollouts(policy, prompts, template, sampling, engine)
+        return sample_rollouts(policy, prompts, template, sampling.plain, engine)
     ask = (policy, prompts, template, sampling, engine, marker, known)
     if gather_allotted.lookup(*ask).found is not None or current_plan() is not None:
         return gather_allotted(*ask)
@@ -119,7 +119,7 @@ def _draw_passes(
     marker: str,
     known: DatasetRef | None,
 ) -> None:
-    drawing = Drawing(policy, list(read_rows(prompts, Prompt)), template, sampling, engine)
+    drawing = Drawing(policy, list(read_rows(prompts, Prompt)), template, sampling.plain, engine)
     _allot(drawing.ledger, prompts, sampling, marker, known, lambda wanted: drawing.draw(wanted, [prompts, policy]))
     drawing.record()
 

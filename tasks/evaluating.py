@@ -12,7 +12,7 @@ from storage.rows import EvaluatedPrompt, Metric, ScoredRollout
 from tasks.caching import step
 from tasks.headlining import AVERAGE
 from tasks.metrics import evaluate_prompt, parse_strategy, summarise
-from tasks.promotion import Decision, Gate, decide, hold_to_benchmarks
+from tasks.promotion import Decision, Fall, Gate, Regression, decide, find_regression, hold_to_benchmarks
 from tasks.recording import split
 from tasks.sampling import sample_rollouts
 from tasks.scoring import score_answers
@@ -100,6 +100,15 @@ def evaluate_answers(scored: tuple[DatasetRef, ...], strategies: tuple[tuple[str
 def decide_promotion(challenger: DatasetRef, incumbent: DatasetRef, gate: Gate) -> Decision:
     """Whether the challenger replaces the incumbent, by a paired test on the dev split."""
     return decide(list(read_rows(challenger, EvaluatedPrompt)), list(read_rows(incumbent, EvaluatedPrompt)), gate)
+
+
+@step(version="1", assumed=Fall(False, "", 1.0, 0, 0, 0.0, 0.0))
+def look_for_regression(challenger: DatasetRef, incumbent: DatasetRef, gate: Gate, regression: Regression) -> Fall:
+    """Whether the challenger is significantly worse than the incumbent on the dev split."""
+    asked = gate.model_copy(update={"regression": regression})  # which is in no gate's key
+    return find_regression(
+        list(read_rows(challenger, EvaluatedPrompt)), list(read_rows(incumbent, EvaluatedPrompt)), asked
+    )
 
 
 @step(version="1", assumed=Decision(True, "not decided yet", 0.0, 0.0, 0.0, 1.0, 0))

@@ -8,6 +8,7 @@ from storage.rows import GoldCheck, Prompt, ScoredRollout
 from tasks import suspects as rules
 from tasks.caching import log_counts, step
 from tasks.planning import current_plan
+from tasks.recording import Halted
 from tasks.suspects import SUSPECT, Suspicion
 
 log = logging.getLogger("ratchet")
@@ -15,7 +16,7 @@ log = logging.getLogger("ratchet")
 SHOWN = 3  # suspects quoted
 
 
-class SuspectAnswers(RuntimeError):
+class SuspectAnswers(Halted):
     """So many gold answers look wrong that nothing is to be trained on them."""
 
 
