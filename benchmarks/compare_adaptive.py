@@ -100,21 +100,28 @@ def main() -> None:
 
 def measure(seed: int) -> Told:
     """All ways of sampling the base and a policy trained from it, with this seed."""
-    from flows.bases import open_base
-    from flows.presets import Preset
-    from flows.rest_em import RestEM
-    from tasks.loading import draw_prompts, load_prompts
     from tasks.training import train_sft
 
-    config = Preset(PRESET, [f"{name}={seed}" for name in SEEDED]).config(RestEM)
-    base = open_base(config.base, config.template, config.marker)
-    prompts = draw_prompts(load_prompts(config.train, without=()), config.prompts_per_iteration or 400, 1, config.seed)
+    config, base, prompts = open_experiment(seed)
     told: Told = {}
     rates: dict[str, DatasetRef] = {}
     demonstrations = measure_policy(told, rates, "base", config, base, prompts, 1)
     trained = train_sft(base, (demonstrations,), config.template, config.sft)
     measure_policy(told, rates, "trained", config, trained, prompts, 2)
     return told
+
+
+def open_experiment(seed: int) -> "tuple[RestEM, ModelRef, DatasetRef]":
+    """The preset with this seed, its base, and the prompts of its first iteration."""
+    from flows.bases import open_base
+    from flows.presets import Preset
+    from flows.rest_em import RestEM
+    from tasks.loading import draw_prompts, load_prompts
+
+    config = Preset(PRESET, [f"{name}={seed}" for name in SEEDED]).config(RestEM)
+    base = open_base(config.base, config.template, config.marker)
+    prompts = draw_prompts(load_prompts(config.train, without=()), config.prompts_per_iteration or 400, 1, config.seed)
+    return config, base, prompts
 
 
 def measure_policy(
