@@ -42,9 +42,8 @@ def test_verdict(answers: list[str | None], verdict: str, agreement: float | Non
 
 
 def test_gold_is_compared_by_value() -> None:
-    assert (
-        check_gold(votes("1,000", "1000", "1000.0", "$1000", gold="1000"), "1000.00", Suspicion()).verdict == "agrees"
-    )
+    rows = votes("1,000", "1000", "1000.0", "$1000", gold="1000")
+    assert check_gold(rows, "1000.00", Suspicion()).verdict == "agrees"
 
 
 def test_the_share_is_of_the_prompts_that_could_be_checked() -> None:
