@@ -33,9 +33,7 @@ def adapted(driver: Driver, tmp_path_factory: pytest.TempPathFactory) -> dict[st
     "kill",
     [
         pytest.param(Kill("after", "rename", "ledger/*/part-*", OF_EVALUATION + 3), id="in the first pass"),
-        pytest.param(
-            Kill("torn", "parquet", "ledger/*/.attempt-*", OF_EVALUATION + OF_FIRST_PASS + 2), id="in the second"
-        ),
+        pytest.param(Kill("torn", "parquet", "ledger/*/.attempt-*", IN_SECOND_PASS), id="in the second"),
         pytest.param(Kill("after", "rename", "ledger/*/part-*", IN_SECOND_PASS + 4), id="later"),
         pytest.param(Kill("before", "write", "datasets/rollouts/.attempt-*", 3), id="while they are gathered"),
         pytest.param(Kill("after", "link", "steps/rate_prompts/*"), id="after the pass rates"),

@@ -5,6 +5,7 @@ import json
 import os
 import re
 import shlex
+import shutil
 import signal
 import sqlite3
 import subprocess
@@ -26,9 +27,11 @@ from flows.rest_em import RestEM, rest_em
 from models import fake_engine
 from models.engine import EngineConfigurationError, Message
 from models.fake_engine import FakeEngine
-from storage.checkpoints import what_is_wrong_with_checkpoint
+from models.specs import ModelRef
+from storage.checkpoints import checkpoint_path, commit_checkpoint, what_is_wrong_with_checkpoint
 from storage.experiments import Experiment
 from tasks.observing import settle
+from tasks.recording import Halted
 from tests.flows.builders import (
     MARK,
     PRESETS,
@@ -361,3 +364,54 @@ def states_of_task_runs(home: Path) -> list[str]:
     """The final state of every task run in the private server's database."""
     with contextlib.closing(sqlite3.connect(home / "prefect" / "prefect.db")) as database:
         return [state for (state,) in database.execute("select state_type from task_run")]
+
+
+GUARDED = (
+    *(one for one in SMALL if not one.startswith(("dev=", "gate.", "base.tiny", "evaluation.dev"))),
+    "base.tiny.training.max_steps=800",
+    "dev={arithmetic: {problems: 300, split: test}, rows: {start: 100}}",
+    "evaluation.dev.rollouts_per_prompt=4",
+    "dpo=null",
+    "sampling.adaptive={first: 4, more: 4, cap: 32}",
+)
+
+
+def save_noised(weights: Path, folder: Path, scale: float) -> None:
+    """A copy of a model with noise on every weight, so many times as wide as the weights of its tensor."""
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    shutil.copytree(weights, folder, ignore=shutil.ignore_patterns("manifest.json"))
+    generator = torch.Generator().manual_seed(0)
+    tensors = load_file(folder / "model.safetensors")
+    noised = {
+        name: one + scale * one.std() * torch.randn(one.shape, generator=generator) if one.numel() > 1 else one
+        for name, one in tensors.items()
+    }
+    save_file(noised, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+@pytest.mark.vllm
+def test_a_schedule_halts_at_a_policy_whose_weights_are_noised(
+    monkeypatch: pytest.MonkeyPatch, ratchet_home: Path
+) -> None:
+    config = config_of(TINY, *GUARDED)
+
+    def train_noised(base: ModelRef, *_: object) -> ModelRef:
+        folder = ratchet_home / "models" / ".scratch-noised" / "model"
+        folder.parent.mkdir()
+        save_noised(checkpoint_path(str(base.digest)), folder, 1.0)
+        return ModelRef(name="noised", digest=commit_checkpoint(folder, step="train_sft", parents=[str(base.digest)]))
+
+    monkeypatch.setattr("flows.rest_em.train_sft", train_noised)
+    with pytest.raises(Halted) as caught:
+        rest_em.fn(config, advance=True)
+    base, spoilt = Experiment("rest-em-tiny").iterations()
+    assert (spoilt.promoted, Experiment("rest-em-tiny").state().state) == (False, "halted")
+    assert base.dev_metrics["mean@1"]["value"] > spoilt.dev_metrics["mean@1"]["value"]
+    assert spoilt.regression is not None
+    assert spoilt.regression["p_value"] < 0.001
+    assert str(spoilt.regression["reason"]) in str(caught.value)
+    assert "Significantly worse" in (ratchet_home / "experiments" / "rest-em-tiny" / "report.json").read_text()
+    assert spoilt.funnel["sampled"] <= 64 * 16  # adaptive sampling, on the real engine
+    assert {"pass_rates", "gold_checks"} <= set(spoilt.references)

@@ -1,7 +1,5 @@
 """Runs that do one more iteration each, as a schedule has them do."""
 
-from pathlib import Path
-
 import pytest
 
 from flows.rest_em import rest_em
@@ -9,7 +7,7 @@ from models import fake_engine
 from storage.experiments import Experiment
 from tasks.recording import Halted
 from tasks.serving import rollouts_generated
-from tests.flows.builders import SMOKE, config_of, heard, stored
+from tests.flows.builders import SMOKE, config_of, heard, stored, train_noised
 
 EXPERIMENT = "rest-em-smoke"
 
@@ -46,17 +44,11 @@ def test_the_next_advancing_run_goes_on_with_the_iteration_in_which_one_failed(m
     assert advance() == ("advanced", ["base", "iteration 1"])
 
 
-def noised(weights: str, share: float, rows: int, output: Path) -> None:
-    """What training leaves that has spoilt the policy."""
-    output.mkdir(parents=True, exist_ok=True)
-    (output / fake_engine.CHECKPOINT).write_text('{"skill": 0.02}\n')
-
-
 @pytest.fixture
 def spoilt(monkeypatch: pytest.MonkeyPatch) -> str:
     """A schedule whose first training spoils the policy; what its first run was ended with."""
     with monkeypatch.context() as patch:
-        patch.setattr(fake_engine, "train_fake", noised)
+        patch.setattr(fake_engine, "train_fake", train_noised)
         with pytest.raises(Halted) as caught:
             rest_em.fn(config_of(SMOKE), advance=True)
     return str(caught.value)
