@@ -113,6 +113,19 @@ def mean_pass_rate(rates: Iterable[PassRate]) -> float:
     return sum(shares) / len(shares)
 
 
+def told(rates: Iterable[PassRate]) -> str | None:
+    """What the numbers of rollouts mean for the share of correct ones; None: there are as many of each prompt."""
+    rows = list(rates)
+    numbers = {row.rollouts for row in rows}
+    if len(numbers) == 1:
+        return None
+    return (
+        f"Rollouts were drawn adaptively, {min(numbers):,} to {max(numbers):,} a prompt, so the share of correct ones "
+        f"is no pass rate; by the first rollouts of each of the {len(rows):,} prompts, that is "
+        f"{100 * mean_pass_rate(rows):.1f} %."
+    )
+
+
 def _adaptive(sampling: AnswerSampling) -> Adaptive:
     assert sampling.adaptive is not None  # others are not allotted any
     return sampling.adaptive

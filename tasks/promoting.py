@@ -1,11 +1,12 @@
 """Contenders -> the policy that stands, and the record of each iteration."""
 
 import logging
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 from storage.datasets import DatasetRef, read_rows
 from storage.experiments import Experiment, IterationRecord
-from storage.rows import BenchmarkMetric, Metric
+from storage.rows import BenchmarkMetric, GoldCheck, Metric, PassRate
+from tasks import allotments, suspects
 from tasks.evaluating import Contender, decide_promotion, decide_with_benchmarks, look_for_regression, metrics_of
 from tasks.observing import publish_iteration
 from tasks.planning import current_plan
@@ -123,10 +124,22 @@ def _record(
         funnel={stage: counts[stage] for stage in FUNNEL if stage in counts},
         drops={reason: n for reason, n in counts.items() if reason not in (*FUNNEL, *NO_STAGE)},
         references={role: reference.model_dump() for role, reference in references.items()},
+        notices=tuple(_notices(made_from, fall, number)),
     )
     experiment.add_iteration(record)
     publish_iteration(experiment.name, record)
     return record
+
+
+def _notices(made_from: dict[str, DatasetRef], fall: Fall | None, number: int) -> Iterator[str]:
+    if fall is not None and fall.found:
+        yield fall.reason
+    if "gold_checks" in made_from:
+        yield suspects.told(list(read_rows(made_from["gold_checks"], GoldCheck)))
+    if "pass_rates" in made_from:
+        rates = [row for row in read_rows(made_from["pass_rates"], PassRate) if row.iteration == number]
+        if (sentence := allotments.told(rates)) is not None:
+            yield sentence
 
 
 def benchmark_figures(rows: Iterable[BenchmarkMetric]) -> dict[str, dict[str, float | int]]:

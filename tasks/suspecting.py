@@ -29,7 +29,7 @@ def question_gold(scored: DatasetRef, prompts: DatasetRef, suspicion: Suspicion)
     reference = check_gold(scored, prompts, suspicion)
     if current_plan() is None:
         checks = list(read_rows(reference, GoldCheck))
-        log.info("%s; see %s", rules.told(checks), reference.name)
+        log.info("%s See %s.", rules.told(checks), reference.name)
         share, most = rules.suspect_share(checks), suspicion.most_suspect_share
         if share is not None and most is not None and share > most:
             raise SuspectAnswers(_too_many(checks, reference, most))
@@ -58,7 +58,7 @@ def _too_many(checks: list[GoldCheck], reference: DatasetRef, most: float) -> st
         for row in suspects[:SHOWN]
     )
     return (
-        f"too many {rules.told(checks)}, and suspicion.most_suspect_share is {most:g}. The first of them:\n{first}\n"
+        f"{rules.told(checks)} suspicion.most_suspect_share is {most:g}. The first of them:\n{first}\n"
         f"All of them stand in {reference.name}, with the verdict {SUSPECT!r}. Nothing was trained on them: correct "
         "the gold answers or leave those prompts out; if they are right, and the policy errs, raise most_suspect_share."
     )

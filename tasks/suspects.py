@@ -61,9 +61,9 @@ def told(checks: Sequence[GoldCheck]) -> str:
     sure = sum(row.verdict != UNSURE for row in checks)
     share = suspect_share(checks)
     if share is None:
-        return f"gold answers: none of {len(checks):,} prompts has a confident majority, so none could be checked"
+        return f"Gold answers: none of {len(checks):,} prompts has a confident majority, so none could be checked."
     suspects = sum(row.verdict == SUSPECT for row in checks)
     return (
-        f"gold answers: {suspects:,} of the {sure:,} prompts with a confident majority are contradicted by it "
-        f"({100 * share:.1f} %); the other {len(checks) - sure:,} could not be checked"
+        f"Gold answers: {suspects:,} of the {sure:,} prompts with a confident majority are contradicted by it "
+        f"({100 * share:.1f} %); the other {len(checks) - sure:,} could not be checked."
     )

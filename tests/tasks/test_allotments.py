@@ -15,6 +15,7 @@ from tasks.allotments import (
     next_pass,
     pass_rate,
     tally,
+    told,
 )
 from tasks.allotments import standing as standing_of
 from tests.tasks.builders import scored
@@ -130,8 +131,16 @@ def test_stopping_at_the_first_correct_rollout_biases_all_rollouts_and_not_the_f
     assert mean_pass_rate(rates) == 0.5
 
 
+def test_the_report_is_told_where_the_share_of_correct_rollouts_is_no_pass_rate() -> None:
+    assert told([rate(2, 0, rollouts=2), rate(1, 1, rollouts=2)]) is None
+    assert told([rate(2, 0, rollouts=2), rate(1, 31, rollouts=32)]) == (
+        "Rollouts were drawn adaptively, 2 to 32 a prompt, so the share of correct ones is no pass rate; by the first "
+        "rollouts of each of the 2 prompts, that is 75.0 %."
+    )
+
+
 @pytest.mark.parametrize(
-    ("rollouts", "section", "told"),
+    ("rollouts", "section", "message"),
     [
         ({"rollouts_per_prompt": 4}, {"first": 5}, "adaptive.first is 5 but rollouts_per_prompt"),
         ({"rollouts_per_prompt": 4}, {"wanted_correct": 3, "wanted_incorrect": 2}, "a prompt may get 4 rollouts"),
@@ -140,8 +149,10 @@ def test_stopping_at_the_first_correct_rollout_biases_all_rollouts_and_not_the_f
     ],
     ids=["first above the average", "more wanted than may be had", "cap below the first pass", "nothing wanted"],
 )
-def test_settings_that_cannot_be_met_are_refused(rollouts: dict[str, int], section: dict[str, int], told: str) -> None:
-    with pytest.raises(ValueError, match=told):
+def test_settings_that_cannot_be_met_are_refused(
+    rollouts: dict[str, int], section: dict[str, int], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
         AnswerSampling.model_validate({**rollouts, "adaptive": section})
 
 

@@ -59,6 +59,8 @@ def test_a_schedule_halts_at_a_regression_says_so_and_does_not_use_the_policy(sp
     record = experiment.iterations()[-1]
     assert (record.label, record.promoted) == ("iteration 1", False)
     assert record.regression is not None
+    assert record.notices[0] == record.regression["reason"]
+    assert record.notices[1].startswith("Gold answers: ")
     assert record.regression["fell"] > record.regression["rose"]
     state = experiment.state()
     assert (state.state, state.error) == ("halted", spoilt)

@@ -50,15 +50,15 @@ def test_the_share_is_of_the_prompts_that_could_be_checked() -> None:
     checks = [check_gold(votes(*answers), "7", Suspicion()) for answers in ("7777", "8888", "7777", "78", "89")]
     assert suspect_share(checks) == pytest.approx(1 / 3)
     assert told(checks) == (
-        "gold answers: 1 of the 3 prompts with a confident majority are contradicted by it (33.3 %); the other 2 could "
-        "not be checked"
+        "Gold answers: 1 of the 3 prompts with a confident majority are contradicted by it (33.3 %); the other 2 could "
+        "not be checked."
     )
 
 
 def test_nothing_checked_is_not_nothing_wrong() -> None:
     checks = [check_gold(votes("7", "8"), "7", Suspicion())]
     assert suspect_share(checks) is None
-    assert told(checks) == "gold answers: none of 1 prompts has a confident majority, so none could be checked"
+    assert told(checks) == "Gold answers: none of 1 prompts has a confident majority, so none could be checked."
 
 
 def two_of_four_wrong() -> tuple[DatasetRef, DatasetRef]:
