@@ -18,7 +18,7 @@ from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
 from statistics import mean, stdev
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
     from flows.rest_em import RestEM
@@ -37,22 +37,17 @@ SEEDED = (
     "base.corpus.arithmetic.seed",
     "train.arithmetic.seed",
 )
-PLAIN = (2, 4, 6, 8, 12, 16, 24, 32)
-ADAPTIVE: dict[str, dict[str, Any]] = {  # rollouts_per_prompt, and the section
-    "stop early, 8": {"rollouts_per_prompt": 8, "first": 4, "more": 2},
-    "stop early, 16": {"rollouts_per_prompt": 16, "first": 4, "more": 2},
-    "4 on average": {"rollouts_per_prompt": 4, "first": 2, "more": 2, "cap": 32},
-    "8 on average": {"rollouts_per_prompt": 8, "first": 4, "more": 2, "cap": 32},
-    "8, passes of 4": {"rollouts_per_prompt": 8, "first": 4, "more": 4, "cap": 32},
-    "8, want 2 and 1": {"rollouts_per_prompt": 8, "first": 2, "more": 2, "cap": 32, "wanted_incorrect": 1},
-    "8, want 4 and 0": {
-        "rollouts_per_prompt": 8,
-        "first": 4,
-        "more": 2,
-        "cap": 32,
-        "wanted_correct": 4,
-        "wanted_incorrect": 0,
-    },
+PLAIN = (2, 3, 4, 6, 8, 12, 16, 24, 32)
+# correct and incorrect texts wanted, rollouts of a prompt on average, of the first pass and of each later one, the cap
+ADAPTIVE = {
+    "2 and 2, 8": (2, 2, 8, 4, 2, 32),
+    "1 and 2, 8, none above": (1, 2, 8, 4, 2, 8),
+    "1 and 2, 16, none above": (1, 2, 16, 4, 2, 16),
+    "1 and 2, 8": (1, 2, 8, 2, 2, 32),
+    "1 and 2, 16": (1, 2, 16, 4, 4, 32),
+    "1 and 1, 8": (1, 1, 8, 2, 2, 32),
+    "1 and 0, 4": (1, 0, 4, 1, 1, 32),
+    "1 and 0, 2": (1, 0, 2, 1, 1, 32),
 }
 
 
@@ -165,9 +160,9 @@ def ways(sampling: "AnswerSampling") -> "dict[str, AnswerSampling]":
 
     plain = {f"plain {n}": sampling.model_copy(update={"rollouts_per_prompt": n}) for n in reversed(PLAIN)}
     adaptive = {}
-    for name, settings in ADAPTIVE.items():
-        section = Adaptive(**{key: value for key, value in settings.items() if key != "rollouts_per_prompt"})
-        update = {"rollouts_per_prompt": settings["rollouts_per_prompt"], "adaptive": section}
+    for name, (correct, incorrect, average, first, more, cap) in ADAPTIVE.items():
+        section = Adaptive(first=first, more=more, wanted_correct=correct, wanted_incorrect=incorrect, cap=cap)
+        update = {"rollouts_per_prompt": average, "adaptive": section}
         adaptive[name] = type(sampling).model_validate({**dict(sampling), **update})
     return plain | adaptive
 
@@ -200,7 +195,7 @@ def show(told: Sequence[Told]) -> None:
     lines = [f"means over {len(told)} seeds, sd in brackets; 400 prompts; costs in thousands of completion tokens"]
     columns = f"{'tokens':>14}{'rollouts':>9}{'pairs':>13}{'prompts':>8}{'shown':>13}{'solved':>7}"
     for policy in ("base", "trained"):
-        lines += ["", f"{policy:24}{columns}{'pairs, of plain':>20}{'shown, of plain':>20}"]
+        lines += ["", f"{policy:34}{columns}{'pairs, of plain':>20}{'shown, of plain':>20}"]
         for way in [way for name, way in told[0] if name == policy]:
             runs = [one[policy, way] for one in told]
             cells = [
@@ -213,7 +208,7 @@ def show(told: Sequence[Told]) -> None:
             ]
             if not way.startswith("plain"):
                 cells += [f"{of_plain(told, policy, way, what):>20}" for what in ("pairs", "demonstrations")]
-            lines.append(f"{way:24}{''.join(cells)}")
+            lines.append(f"{way:34}{''.join(cells)}")
     sys.stdout.write("\n".join(lines) + "\n")
 
 

@@ -1,8 +1,8 @@
 """How many rollouts each prompt gets, decided after complete passes from what their rollouts came to.
 
-A pass rate that is known from an earlier iteration spares draws that most likely find nothing new: prompts that tell
-nothing in one epoch seldom do in the next (GRESO, Zheng et al. 2025, arXiv:2506.02177, section 3). Theirs skips such
-prompts by chance; ours gives them the first pass, and goes on where that turns out otherwise.
+Pass rates known from an earlier iteration say where the budget goes first. GRESO (Zheng et al. 2025, arXiv:2506.02177)
+skips prompts that told nothing an epoch before; measured here (benchmarks/README.md), leaving them at the first pass
+lost more than it saved, for the policy learns in between. So what is known puts prompts in order, and rules out none.
 """
 
 import random
@@ -14,7 +14,7 @@ from storage.rows import PassRate, ScoredRollout
 from tasks.metrics import CORRECT
 from tasks.selection import same_text
 
-ENOUGH, CAPPED, UNCHANGED, FAILED, LACKING = "enough", "at the cap", "as before", "engine error", "lacking"
+ENOUGH, CAPPED, FAILED, LACKING = "enough", "at the cap", "engine error", "lacking"
 
 
 class Tally(NamedTuple):
@@ -38,26 +38,14 @@ def tally(rows: Iterable[ScoredRollout]) -> Tally:
     return Tally(rollouts, len(texts[True]), len(texts[False]), failed)
 
 
-def standing(tally: Tally, known: PassRate | None, sampling: AnswerSampling) -> str:
-    """Whether a prompt gets more rollouts ("lacking"), or why it does not.
-
-    "as before": in a full try, one with more than the first pass, the prompt had no correct or no incorrect rollout,
-    and the first pass again has none. As its pass rate is then of a first pass only, it is tried in full next time.
-    """
+def standing(tally: Tally, sampling: AnswerSampling) -> str:
+    """Whether a prompt may get more rollouts ("lacking"), or why it does not."""
     adaptive = _adaptive(sampling)
-    lacks_correct = tally.correct < adaptive.wanted_correct
-    lacks_incorrect = tally.incorrect < adaptive.wanted_incorrect
     if tally.failed:
         return FAILED
-    if not lacks_correct and not lacks_incorrect:
+    if tally.correct >= adaptive.wanted_correct and tally.incorrect >= adaptive.wanted_incorrect:
         return ENOUGH
-    if tally.rollouts >= sampling.cap:
-        return CAPPED
-    if known is not None and known.rollouts > adaptive.first and tally.rollouts <= adaptive.first:
-        none_correct = lacks_correct and not known.correct and not tally.correct
-        none_incorrect = lacks_incorrect and not known.incorrect and not tally.incorrect
-        return UNCHANGED if none_correct or none_incorrect else LACKING
-    return LACKING
+    return CAPPED if tally.rollouts >= sampling.cap else LACKING
 
 
 def next_pass(
@@ -65,16 +53,19 @@ def next_pass(
 ) -> dict[str, int]:
     """How many more rollouts the prompts that lack some get; empty: sampling is over.
 
-    The budget goes first to where a new text of a kind that lacks is likeliest, by Laplace's rule of succession over
-    three kinds (correct, incorrect, neither); equals are put in a seeded order. The order of the prompts is no matter.
+    The budget goes first to where a text of a kind that lacks is likeliest, by Laplace's rule of succession over three
+    kinds (correct, incorrect, neither); what was known before counts as one first pass more. Equals are put in a seeded
+    order, and the order of the prompts is no matter.
 
     Args:
         tallies: of all prompts, after a complete pass.
+        known: pass rates of earlier iterations, of any prompts.
     """
     adaptive = _adaptive(sampling)
     left = sampling.rollouts_per_prompt * len(tallies) - sum(one.rollouts for one in tallies.values())
-    lacking = [name for name, one in tallies.items() if standing(one, known.get(name), sampling) == LACKING]
-    lacking.sort(key=lambda name: (-_chance(tallies[name], adaptive), random.Random(f"{seed}:{name}").random(), name))
+    lacking = [name for name, one in tallies.items() if standing(one, sampling) == LACKING]
+    chances = {name: _chance(tallies[name], known.get(name), adaptive) for name in lacking}
+    lacking.sort(key=lambda name: (-chances[name], random.Random(f"{seed}:{name}").random(), name))
     given: dict[str, int] = {}
     for name in lacking:
         count = min(adaptive.more, sampling.cap - tallies[name].rollouts, left)
@@ -131,6 +122,12 @@ def _adaptive(sampling: AnswerSampling) -> Adaptive:
     return sampling.adaptive
 
 
-def _chance(tally: Tally, adaptive: Adaptive) -> float:
-    kinds = ((tally.correct, adaptive.wanted_correct), (tally.incorrect, adaptive.wanted_incorrect))
-    return sum(found + 1 for found, wanted in kinds if found < wanted) / (tally.rollouts + 3)
+def _chance(tally: Tally, known: PassRate | None, adaptive: Adaptive) -> float:
+    """That the next rollout of a prompt is of a kind it lacks."""
+    before = 0.0 if known is None else adaptive.first / known.rollouts
+    likely = 0.0
+    if tally.correct < adaptive.wanted_correct:
+        likely += tally.correct + 1 + (before * known.correct if known is not None else 0.0)
+    if tally.incorrect < adaptive.wanted_incorrect:
+        likely += tally.incorrect + 1 + (before * known.incorrect if known is not None else 0.0)
+    return likely / (tally.rollouts + 3 + (adaptive.first if known is not None else 0))

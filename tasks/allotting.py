@@ -148,4 +148,4 @@ def _allot(
         for prompt_id, rollouts in groupby(ledger.read(wanted), key=lambda row: row.prompt_id):
             tallies[prompt_id] = tally(score_by_answer(row, gold[prompt_id], marker) for row in rollouts)
         given = next_pass(tallies, rates, sampling, sampling.seed)
-    return Allotted(tallies, passes, Counter(standing(one, rates.get(name), sampling) for name, one in tallies.items()))
+    return Allotted(tallies, passes, Counter(standing(one, sampling) for one in tallies.values()))

@@ -9,15 +9,14 @@ from tasks.allotments import (
     ENOUGH,
     FAILED,
     LACKING,
-    UNCHANGED,
     Tally,
     mean_pass_rate,
     next_pass,
     pass_rate,
+    standing,
     tally,
     told,
 )
-from tasks.allotments import standing as standing_of
 from tests.tasks.builders import scored
 
 
@@ -53,26 +52,30 @@ def test_equal_texts_count_once_and_undecided_rollouts_as_neither() -> None:
 
 
 @pytest.mark.parametrize(
-    ("tallied", "known", "expected"),
+    ("tallied", "expected"),
     [
-        pytest.param(Tally(2, 1, 1), None, ENOUGH, id="one of each"),
-        pytest.param(Tally(2, 2, 0), None, LACKING, id="no incorrect one"),
-        pytest.param(Tally(8, 8, 0), None, CAPPED, id="no incorrect one of 8"),
-        pytest.param(Tally(2, 0, 1, failed=True), None, FAILED, id="brings the engine down"),
-        pytest.param(Tally(2, 2, 0), rate(8, 0), UNCHANGED, id="right in all 8, and again"),
-        pytest.param(Tally(2, 0, 1), rate(0, 8), UNCHANGED, id="never right, and again"),
-        pytest.param(Tally(2, 0, 2), rate(8, 0), LACKING, id="right in all 8, but not now"),
-        pytest.param(Tally(2, 2, 0), rate(7, 1), LACKING, id="had one of each"),
-        pytest.param(Tally(2, 2, 0), rate(2, 0, rollouts=2), LACKING, id="known of a first pass only"),
-        pytest.param(Tally(4, 4, 0), rate(8, 0), LACKING, id="went on after the first pass"),
+        pytest.param(Tally(2, 1, 1), ENOUGH, id="one of each"),
+        pytest.param(Tally(2, 2, 0), LACKING, id="no incorrect one"),
+        pytest.param(Tally(2, 0, 2), LACKING, id="no correct one"),
+        pytest.param(Tally(8, 8, 0), CAPPED, id="no incorrect one of 8"),
+        pytest.param(Tally(2, 0, 1, failed=True), FAILED, id="brings the engine down"),
     ],
 )
-def test_standing(tallied: Tally, known: PassRate | None, expected: str) -> None:
-    assert standing_of(tallied, known, sampling()) == expected
+def test_standing(tallied: Tally, expected: str) -> None:
+    assert standing(tallied, sampling()) == expected
 
 
 def test_a_prompt_that_wants_no_incorrect_rollout_is_done_with_correct_ones() -> None:
-    assert standing_of(Tally(2, 2, 0), None, sampling(wanted_correct=2, wanted_incorrect=0)) == ENOUGH
+    assert standing(Tally(2, 2, 0), sampling(wanted_correct=2, wanted_incorrect=0)) == ENOUGH
+
+
+def test_what_was_known_counts_as_one_first_pass_more() -> None:
+    # All three lack an incorrect rollout.
+    tallies = {"unknown": Tally(2, 2, 0), "always right": Tally(2, 2, 0), "often wrong": Tally(2, 2, 0)}
+    known = {"always right": rate(8, 0), "often wrong": rate(2, 6)}
+    # unknown: 1 / (2 + 3) = 0.2; always right: (1 + 0) / (2 + 3 + 2) = 0.14; often wrong: (1 + 2 * 6/8) / 7 = 0.36
+    assert list(next_pass(tallies, known, sampling(rollouts=8), seed=0)) == ["often wrong", "unknown", "always right"]
+    assert next_pass(tallies, known, sampling(rollouts=3), seed=0) == {"often wrong": 2, "unknown": 1}  # 9 - 6 left
 
 
 def test_the_budget_goes_to_those_that_lack_and_never_above_the_cap() -> None:
@@ -95,7 +98,6 @@ def test_what_a_prompt_lacks_twice_is_likelier_found() -> None:
 def test_sampling_is_over_when_all_have_enough_or_the_budget_is_spent() -> None:
     assert next_pass({"a": Tally(2, 1, 1)}, {}, sampling(), seed=0) == {}
     assert next_pass({"a": Tally(4, 4, 0)}, {}, sampling(), seed=0) == {}  # 4 of 4
-    assert next_pass({"a": Tally(2, 2, 0)}, {"a": rate(8, 0, prompt_id="a")}, sampling(), seed=0) == {}
 
 
 def test_equals_are_put_in_an_order_of_the_seed_whatever_order_they_come_in() -> None:

@@ -155,16 +155,23 @@ def test_the_same_call_again_is_a_hit_and_other_settings_are_not() -> None:
     assert [r.cached for r in records if r.step == "gather_allotted"] == [True, False]
 
 
-def test_known_pass_rates_spare_the_prompts_that_never_change() -> None:
+def test_known_pass_rates_say_who_gets_the_rest_of_the_budget() -> None:
     prompts = sums(12)
-    always = ModelRef(name="fake:1.0")
-    blind = ask(prompts, rollouts=8, policy=always)
-    assert set(counts(blind).values()) == {8}  # the budget, all of it for nothing
-    rates = rate_prompts(score_answers(blind, prompts, MARKER), None, 2, 1)
-    assert set(counts(ask(prompts, rollouts=8, policy=always, known=rates)).values()) == {2}
-    assert set(counts(ask(prompts, rollouts=8, policy=POLICY, known=rates)).values()) != {
-        2
-    }  # others are wrong at times
+    before = ask(prompts, rollouts=12)
+    rates = rate_prompts(score_answers(before, prompts, MARKER), None, 2, 1)
+    known = {row.prompt_id: row for row in read_rows(rates, PassRate)}
+    other = ModelRef(name="fake:0.5")  # with 12 rollouts left after the first pass
+    without = counts(ask(prompts, rollouts=3, policy=other))
+    with_known = counts(ask(prompts, rollouts=3, policy=other, known=rates))
+    assert sum(without.values()) == sum(with_known.values()) == 36
+    assert without != with_known
+
+    def wrong_before(numbers: dict[str, int]) -> float:
+        """How often the prompts that got more than the first pass were wrong before."""
+        more = [known[name] for name, count in numbers.items() if count > 2]
+        return sum(rate.incorrect / rate.rollouts for rate in more) / len(more)
+
+    assert wrong_before(with_known) > wrong_before(without)
 
 
 def test_pass_rates_of_prompts_that_were_not_drawn_are_kept() -> None:
