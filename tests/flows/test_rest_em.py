@@ -23,6 +23,7 @@ import httpx
 import psutil
 import pytest
 
+from flows.presets import PresetError
 from flows.rest_em import RestEM, rest_em
 from models import fake_engine
 from models.engine import EngineConfigurationError, Message
@@ -200,6 +201,19 @@ def third_prompt_of_iteration_one() -> str:
     config = config_of(SMOKE)
     drawn = draw_prompts(load_prompts(config.train, without=()), 40, 1, config.seed)
     return list(read_rows(drawn, Prompt))[2].prompt
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "evaluation.dev.adaptive={first: 2}",
+        "evaluation.test=[{strategies: [mean@1], sampling: {rollouts_per_prompt: 4, adaptive: {first: 2}}}]",
+    ],
+    ids=["dev", "test"],
+)
+def test_evaluation_cannot_be_adaptive(override: str) -> None:
+    with pytest.raises(PresetError, match="adaptive: there is no such key"):
+        config_of(SMOKE, override)
 
 
 def ratchet(*arguments: object, home: Path, mark: str = "", seconds: float = 120, **variables: str) -> Ran:
