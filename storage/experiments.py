@@ -64,7 +64,7 @@ class IterationRecord(BaseModel):
     funnel: dict[str, int]  # rows left after each stage, in order
     drops: dict[str, int]  # rows dropped, by reason
     references: dict[str, dict[str, Any]]  # data sets, by role
-    notices: tuple[str, ...] = ()  # what to know before its figures are believed, a sentence each
+    notices: list[str] = []  # what to know before its figures are believed, a sentence each
 
     @property
     def policy_identity(self) -> str:

@@ -124,7 +124,7 @@ def _record(
         funnel={stage: counts[stage] for stage in FUNNEL if stage in counts},
         drops={reason: n for reason, n in counts.items() if reason not in (*FUNNEL, *NO_STAGE)},
         references={role: reference.model_dump() for role, reference in references.items()},
-        notices=tuple(_notices(made_from, fall, number)),
+        notices=list(_notices(made_from, fall, number)),
     )
     experiment.add_iteration(record)
     publish_iteration(experiment.name, record)
