@@ -40,6 +40,7 @@ from tests.flows.builders import (
     SMOKE,
     config_of,
     damaged,
+    heard,
     processes_marked,
     stored,
 )
@@ -201,6 +202,23 @@ def third_prompt_of_iteration_one() -> str:
     config = config_of(SMOKE)
     drawn = draw_prompts(load_prompts(config.train, without=()), 40, 1, config.seed)
     return list(read_rows(drawn, Prompt))[2].prompt
+
+
+@pytest.mark.flow
+def test_the_shards_of_every_pass_are_task_runs_and_a_second_run_is_all_cached(prefect: str) -> None:
+    config = config_of(SMOKE, "sampling.adaptive={first: 2, more: 2, wanted_correct: 1, wanted_incorrect: 1, cap: 8}")
+    first = run_in_prefect(prefect, config)
+    assert first.state == "Completed"
+    steps = Experiment("rest-em-smoke").steps()
+    shards = sorted(
+        r.shard for r in steps if (r.step, r.iteration) == (SAMPLE, 1) and r.shard is not None and not r.split
+    )
+    assert len(shards) > 4  # the first pass has 4: 40 prompts, 10 a shard
+    assert shards == list(range(len(shards)))
+    assert {f"it1 sample_rollouts shard {number}" for number in shards} <= set(first.tasks)
+    with heard() as records:
+        assert run_in_prefect(prefect, config).state == "Completed"
+    assert [record.step for record in records if not record.cached] == []
 
 
 @pytest.mark.parametrize(
