@@ -74,17 +74,10 @@ def decide(candidate: Sequence[EvaluatedPrompt], incumbent: Sequence[EvaluatedPr
     Raises:
         ValueError: a side has no row of the strategy or two of one prompt, or the sides have different prompts.
     """
-    new, old = _by_prompt(candidate, gate, "candidate"), _by_prompt(incumbent, gate, "incumbent")
-    if new.keys() != old.keys():
-        raise ValueError(
-            f"the gate compares the same prompts, but the candidate has {len(new)} and the incumbent {len(old)}, of "
-            f"which {len(new.keys() & old.keys())} are shared; evaluate both on one dev split"
-        )
-    prompt_ids = sorted(new)
-    paired = paired_difference([new[one] for one in prompt_ids], [old[one] for one in prompt_ids], gate.seed)
+    new, old = _values(candidate, incumbent, gate)
+    paired = paired_difference(new, old, gate.seed)
     promoted = _passes(paired, gate)
-    before, after = sum(old.values()) / len(old), sum(new.values()) / len(new)
-    return Decision(promoted, _sentence(paired, before, after, gate, promoted=promoted), *paired)
+    return Decision(promoted, _sentence(paired, mean(old), mean(new), gate, promoted=promoted), *paired)
 
 
 def find_regression(candidate: Sequence[EvaluatedPrompt], incumbent: Sequence[EvaluatedPrompt], gate: Gate) -> Fall:
@@ -94,9 +87,7 @@ def find_regression(candidate: Sequence[EvaluatedPrompt], incumbent: Sequence[Ev
         ValueError: as `decide`.
     """
     assert gate.regression is not None  # else nobody asks
-    new, old = _by_prompt(candidate, gate, "candidate"), _by_prompt(incumbent, gate, "incumbent")
-    prompt_ids = sorted(old)
-    before, after = [old[one] for one in prompt_ids], [new[one] for one in prompt_ids]
+    after, before = _values(candidate, incumbent, gate)
     paired = paired_difference(before, after, gate.seed)
     fall = Fall(
         found=paired.difference > gate.regression.minimum_drop and paired.p_value < gate.regression.alpha,
@@ -154,6 +145,19 @@ def _documents(rows: Sequence[EvaluatedPrompt]) -> dict[str, dict[str, float]]:
     for row in rows:
         by_name.setdefault(row.strategy, {})[row.prompt_id] = row.value
     return by_name
+
+
+def _values(
+    candidate: Sequence[EvaluatedPrompt], incumbent: Sequence[EvaluatedPrompt], gate: Gate
+) -> tuple[list[float], list[float]]:
+    """The candidate's and the incumbent's values, of the same prompts in the same order."""
+    new, old = _by_prompt(candidate, gate, "candidate"), _by_prompt(incumbent, gate, "incumbent")
+    if new.keys() != old.keys():
+        raise ValueError(
+            f"the gate compares the same prompts, but the candidate has {len(new)} and the incumbent {len(old)}, of "
+            f"which {len(new.keys() & old.keys())} are shared; evaluate both on one dev split"
+        )
+    return [new[one] for one in sorted(new)], [old[one] for one in sorted(new)]
 
 
 def _by_prompt(rows: Sequence[EvaluatedPrompt], gate: Gate, side: str) -> dict[str, float]:
