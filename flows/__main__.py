@@ -1,6 +1,7 @@
 """The `ratchet` command: reads a preset, checks it, runs the recipe's flow and prints what came out.
 
-Exit codes: 0 done, 1 the run failed, 2 the configuration is wrong (and nothing was written), 130 stopped by Ctrl-C.
+Exit codes: 0 done, 1 the run failed, 2 the configuration is wrong (and nothing was written), 3 the run halted until a
+person has looked (a regression, suspect gold answers), 130 stopped by Ctrl-C.
 """
 
 import contextlib
@@ -64,6 +65,7 @@ def run(
     advance: Annotated[
         bool, typer.Option("--advance", help="end after the first iteration that has something to do")
     ] = False,
+    let_pass: Annotated[bool, typer.Option("--go-on", help="let the regressions on record pass, for good")] = False,
 ) -> None:
     """Run an experiment, or continue it: what is done already is reused."""
     use_home(home_)
@@ -72,7 +74,7 @@ def run(
 
         isolation(allow_unsandboxed=True)  # of this process, whatever the preset says; rows tell what they ran in
     recipe = checked_recipe(preset, set_)
-    from tasks.recording import listening
+    from tasks.recording import Halted, listening
     from tasks.serving import close_engines, stop, stopping
 
     stopping.clear()
@@ -81,6 +83,9 @@ def run(
     plain = f"{again} --no-prefect-server"
     go_on = plain if no_prefect_server else again
     experiment = Experiment(recipe.config.experiment)
+    if let_pass:
+        passed = ", ".join(experiment.let_pass()) or "nothing: there is no regression on record"
+        err.print(f"Let pass: {passed}", markup=False)
     with _interrupted_by_signals(stop), Lines(err) as lines, listening(lines):
         try:
             _run_flow(recipe, plainly=no_prefect_server, advance=advance)
@@ -90,6 +95,8 @@ def run(
             raise typer.Exit(130) from None
         except ServerError as error:
             fail(f"{error}\nGo on without it: {plain}", 1)
+        except Halted as halted:
+            fail(f"The run halted: {halted}", 3)
         except Exception as error:  # the one place that turns a failed run into a message and an exit code
             logging.getLogger("ratchet").debug("the run failed", exc_info=True)
             fail(f"The run failed: {error}\nWhat is done is kept; go on with:\n  {go_on}", 1)

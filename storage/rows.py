@@ -72,6 +72,36 @@ class ScoredRollout(Row):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class PassRate(Row):
+    """What the rollouts of a prompt came to when it was last sampled for training. Key: prompt_id.
+
+    Adaptive sampling stops on what it finds, so `correct / rollouts` is biased; of the first rollouts it is not.
+    """
+
+    prompt_id: str
+    iteration: int  # when that was
+    rollouts: int
+    correct: int
+    incorrect: int
+    undecided: int
+    first_rollouts: int  # those that were drawn whatever came of them
+    first_correct: int  # of these
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GoldCheck(Row):
+    """What the rollouts of a prompt say of its gold answer. Key: prompt_id."""
+
+    prompt_id: str
+    prompt: str
+    gold: str
+    majority: str | None  # the answer that most of them give; None: no answer can be read
+    agreement: float | None  # share of the votes for it
+    votes: int  # rollouts with an answer that can be read
+    verdict: str  # "agrees", "suspect": a confident majority says otherwise; "unsure": there is no confident majority
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class JudgedRollout(Row):
     """A rollout and what a judge thinks of it, without any gold answer. Key: (prompt_id, rollout_index)."""
 

@@ -46,28 +46,26 @@ class Job:
     engine: EngineSettings
     ledger: Ledger
     meter: "Meter"
+    wanted: dict[str, int]  # prompt_id -> mask of rollout indexes, in the ledger or not
 
 
 class Meter:
-    """Rows and tokens finished, of all shards and of each, announced about once a second.
+    """Rows and tokens finished, of all shards and of each, announced about once a second."""
 
-    Args:
-        shards: done and total rows of each, by number; none: the step has no shards.
-    """
-
-    def __init__(
-        self,
-        total: int,
-        reused: int,
-        step: str = "sample_rollouts",
-        unit: str = "rollouts",
-        shards: Mapping[int, tuple[int, int]] | None = None,
-    ) -> None:
+    def __init__(self, total: int, reused: int, step: str = "sample_rollouts", unit: str = "rollouts") -> None:
         self.total, self.reused, self.step, self.unit = total, reused, step, unit
         self.done, self.tokens = reused, 0
-        self._shards = {number: Tally(done, rows) for number, (done, rows) in (shards or {}).items()}
+        self._shards: dict[int, Tally] = {}
         self._lock = threading.Lock()
         self._announced = 0.0
+
+    def expect(self, shards: Mapping[int, "Tally"]) -> None:
+        """Know of shards, by number, that are to be drawn on top of what is known already."""
+        with self._lock:
+            self._shards |= shards
+            self.total += sum(tally.total for tally in shards.values())
+            self.reused += sum(tally.done for tally in shards.values())
+            self.done += sum(tally.done for tally in shards.values())
 
     def add(self, *, rows: int = 1, tokens: int = 0, shard: int | None = None, matches: bool | None = None) -> None:
         """Count rows that are finished, and the tokens that were written for them.
@@ -129,6 +127,7 @@ class Shard:
     number: int
     prompts: list[Prompt]
     wanted: dict[str, int]  # prompt_id -> mask of rollout indexes not in the ledger
+    rows: int  # that it sees to, in the ledger or not
     attempts: int = field(default=0)
 
 

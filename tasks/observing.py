@@ -102,6 +102,16 @@ def name_flow_run(name: str) -> None:
             client.update_flow_run(flow.flow_run.id, name=name)
 
 
+def pause_deployment() -> None:
+    """Have no more runs scheduled of the deployment that this flow run is of. Of none, nothing."""
+    flow = FlowRunContext.get()
+    if flow is None or flow.flow_run is None or flow.flow_run.deployment_id is None:
+        return
+    with _only_shown(), get_client(sync_client=True) as client:
+        client.pause_deployment(flow.flow_run.deployment_id)
+        log.warning("the deployment is paused; turn it on again in the UI once this is settled")
+
+
 def publish_iteration(experiment: str, record: IterationRecord) -> None:
     """Artifacts of one iteration: its metrics and its funnel as tables. Without a flow run around it, nothing."""
     if FlowRunContext.get() is not None:

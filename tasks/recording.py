@@ -17,7 +17,7 @@ from prefect.context import FlowRunContext
 
 from storage.experiments import Experiment, StepRecord, now
 from storage.locks import exclusive
-from tasks.observing import ProgressArtifacts, name_flow_run
+from tasks.observing import ProgressArtifacts, name_flow_run, pause_deployment
 from tasks.planning import current_plan
 from tasks.serving import stop
 
@@ -75,6 +75,10 @@ class Advanced(Exception):  # no error: it leaves a flow that has done the itera
     """The run has done one more iteration, which is all it was asked for."""
 
 
+class Halted(RuntimeError):
+    """The run ends here until a person has looked; running again ends here again, and costs next to nothing."""
+
+
 def current_run() -> Run | None:
     """The run this code is part of; None in a unit test or a command that runs no flow."""
     return _RUN.get()
@@ -110,6 +114,13 @@ def experiment_run(name: str, config: Mapping[str, Any], *, advance: bool = Fals
                 yield experiment
         except Advanced:
             experiment.end("advanced")
+        except Halted as halted:
+            from tasks.reporting import publish_report  # the one place here that needs it
+
+            experiment.end("halted", str(halted))
+            pause_deployment()
+            publish_report(experiment)
+            raise
         except Exception as error:
             experiment.end("failed", f"{type(error).__name__}: {error}")
             raise
