@@ -9,7 +9,7 @@ from tasks.answers import score_by_answer
 from tasks.caching import log_counts, step
 from tasks.spreading import cuts, spread
 
-ROLLOUTS_PER_SHARD = 50_000  # about a second of a core's work, where a shard costs some hundredths; fewer stay here
+ROLLOUTS_PER_SHARD = 50_000  # about a second of a core's work; fewer are scored here (benchmarks: what a cluster gains)
 
 
 @step(version="1", rows=lambda rollouts, prompts, marker: rollouts.rows)
