@@ -81,7 +81,7 @@ def history_of(config: Any) -> History:
             alike.append(other)
     own = [one for one in alike if one.name == config.experiment and one.steps()]
     used: list[Experiment] = own or alike
-    past = tuple(_past(record) for one in used for record in one.steps() if _tells_something(record))
+    past = tuple(one for experiment in used for one in _past_of(experiment))
     return History(past, f"earlier runs of {', '.join(one.name for one in used)}" if past else "")
 
 
@@ -253,7 +253,15 @@ def _tells_something(record: StepRecord) -> bool:
     return record.state == "completed" and not record.cached and record.shard is None
 
 
-def _past(record: StepRecord) -> Past:
+def _past_of(experiment: Experiment) -> Iterator[Past]:
+    started = set[str]()  # runs whose engine is up
+    for record in filter(_tells_something, experiment.steps()):
+        yield _past(record, starts=bool(record.counts.get("drawn")) and record.run not in started)
+        if record.counts.get("drawn"):
+            started.add(record.run)
+
+
+def _past(record: StepRecord, *, starts: bool) -> Past:
     counts = record.counts
     return Past(
         step=record.step,
@@ -264,6 +272,7 @@ def _past(record: StepRecord) -> Past:
         tokens=counts.get("tokens", 0),
         optimizer_steps=counts.get("optimizer_steps", 0),
         seconds=record.seconds,
+        starts=starts,
     )
 
 
