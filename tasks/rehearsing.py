@@ -4,7 +4,8 @@ A tokenizer is looked for on this machine only: in the base's folder, in the hub
 this experiment has built already. Where there is none, what could not be checked is said.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from string import Template
 from typing import Any, NamedTuple
@@ -55,7 +56,7 @@ def first_prompts(config: Checkable, built: ModelRef | None = None) -> dict[str,
     ref, template = list(config.templates().values())[_trained(config)]
     for read in config.reads():
         if read.apart and read.answers and read.name in ("dev", "test"):
-            held_out = _first_of(read.name, lambda source=read.source: next(iter(prompts_of(source))).prompt)
+            held_out = _first_of(partial(_first_in, read.source))
             shown[f"evaluation on {read.name}"] = _rendered(ref, built, config.engine, messages_of(template, held_out))
     return shown
 
@@ -77,7 +78,7 @@ def tokenizer_checks(config: Checkable, built: ModelRef | None = None) -> list[s
         else:
             told.append(f"{name}: {examined(tokenizer)}")
             told += [f"{name}: {key}: {label_lengths(tokenizer, judge)}" for key, judge in parts(config, Judge)]
-    return told
+    return list(dict.fromkeys(told))
 
 
 def licence_notices(config: Checkable) -> list[str]:
@@ -143,18 +144,22 @@ def built_base(planned: Sequence[PlannedStep]) -> ModelRef | None:
 def _first_prompt(config: Checkable) -> str:
     mixtures = [mixture for _, mixture in parts(config, Mixture)]
     if isinstance(config, ChecksItself):
-        return _first_of("the first source", config.first_prompt)
+        return _first_of(config.first_prompt)
     if mixtures:
-        return _first_of(source_name(mixtures[0].sources[0].source), lambda: first_prompt(mixtures[0]))
+        return _first_of(lambda: first_prompt(mixtures[0]))
     first = config.reads()[0]
-    return _first_of(first.name, lambda: next(iter(prompts_of(first.source))).prompt)
+    return _first_of(partial(_first_in, first.source))
 
 
-def _first_of(name: str, read: Any) -> str:
+def _first_in(source: Source) -> str:
+    return next(iter(prompts_of(source))).prompt
+
+
+def _first_of(read: Callable[[], str]) -> str:
     try:
-        return str(read())
+        return read()
     except NotAtHand as error:
-        return f"({name}: {error}; its first prompt stands here)"
+        return f"({error}; its first prompt stands here)"
 
 
 def _trained(config: Checkable) -> int:
