@@ -160,8 +160,9 @@ class _Estimator:
             known = {row.prompt_id for row in read_rows(prompts, Prompt)}
         except DatasetError:  # they are made first
             return 0
-        found = look_for(ledger_key(policy, template, sampling, arguments["engine"]), known)
-        self.reused += min(found, len(known) * sampling.rollouts_per_prompt)
+        key = ledger_key(policy, template, sampling, arguments["engine"])
+        found = look_for(key, known, sampling.rollouts_per_prompt)
+        self.reused += found
         return found
 
     def _assumed_completion(self) -> float:
