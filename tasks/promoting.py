@@ -7,6 +7,7 @@ from storage.experiments import Experiment, IterationRecord
 from storage.rows import BenchmarkMetric, Metric
 from tasks.evaluating import Contender, decide_promotion, decide_with_benchmarks, metrics_of
 from tasks.observing import publish_iteration
+from tasks.overlapping import measure_overlap
 from tasks.planning import current_plan
 from tasks.promotion import Decision, Gate
 from tasks.recording import current_iteration
@@ -76,6 +77,9 @@ def _record(
     if "scored" in made_from and made_from["scored"].step == "labelled":
         counts = {WITHOUT_GOLD.get(stage, stage): count for stage, count in counts.items()}
     references = {**made_from, "dev": contender.dev, "test": contender.test}
+    steps = experiment.steps(run=experiment.state().run)
+    if overlaps := measure_overlap(contender.policy, steps, contender.dev, contender.test):
+        references["overlaps"] = overlaps
     benchmarks = (
         benchmark_figures(read_rows(made_from["benchmarks"], BenchmarkMetric)) if "benchmarks" in made_from else {}
     )
