@@ -3,10 +3,11 @@
     experiments/<name>/report/metrics.parquet, decisions.parquet, ...
 
 Any tool reads them, for instance `pandas.read_parquet("experiments/rest-em-tiny/report/metrics.parquet")`. A table that
-an experiment has nothing for is there and has no rows. `iteration` counts from 0, the base; `label` is the policy's name
-in the report. Shares and accuracies are in [0, 1].
+an experiment has nothing for is there and has no rows. `iteration` counts from 0, the base; `label` is what the report
+calls the policy. Shares and accuracies are in [0, 1].
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from io import BytesIO
 
@@ -184,6 +185,20 @@ class ReportedPublished(Row):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class ReportedFigure(Row):
+    """A figure that only some recipes have. Key: (iteration, about, name)."""
+
+    iteration: int | None  # None: over all of them
+    label: str | None
+    about: str  # "judge: own, all"; "pairs: chosen"; "yield"
+    name: str
+    value: float
+    low: float | None  # 95 % interval
+    high: float | None
+    n: int | None  # rows it was figured from
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ReportedSample(Row):
     """A rollout to read; of a prompt that got better or worse, the base's beside that of the policy that stands."""
 
@@ -227,12 +242,13 @@ TABLES: dict[str, type[Row]] = {
     "costs": ReportedCost,
     "runs": ReportedRun,
     "published": ReportedPublished,
+    "figures": ReportedFigure,
     "samples": ReportedSample,
     "lineage": ReportedOrigin,
 }
 
 
-def parquet_of(rows: list[Row], row_type: type[Row]) -> bytes:
+def parquet_of(rows: Sequence[Row], row_type: type[Row]) -> bytes:
     """The rows as a Parquet file; none make a file with columns and no rows."""
     schema = arrow_schema(row_type)
     batches = [batch_of(rows, row_type)] if rows else []

@@ -31,7 +31,8 @@ from tasks.drift import RolloutTally, mean_length, quantile
 from tasks.lineage import Sources
 from tasks.origins import origins
 from tasks.picking import Tested, changed_samples, first_samples
-from tasks.tables import published_rows, training_metrics
+from tasks.tables import figures_of_judges_and_pairs, published_rows, training_metrics
+from tasks.yields import figures_of_yields
 
 UNSCORED = ["prompt_id", "completion", "completion_tokens", "finish_reason"]
 NOT_RECORDED = "not recorded"  # by the version that ran it
@@ -88,12 +89,21 @@ def assemble(experiment: Experiment) -> Report:
         "overlaps": [row for record in iterations for row in _overlaps(record)],
         **_costs(steps, experiment.runs()),
         "published": list(_published(config, iterations)),
+        "figures": [
+            *figures_of_judges_and_pairs(iterations),
+            *figures_of_yields(config, _of_last_run(experiment, steps)),
+        ],
         "samples": list(_samples(iterations, tested, tallies)),
         "lineage": list(origins(sources)),
     }
     return Report(
         experiment.name, experiment.state(), config, iterations, experiment.runs(), steps, tables, list(tallies.gaps)
     )
+
+
+def _of_last_run(experiment: Experiment, steps: Sequence[StepRecord]) -> list[StepRecord]:
+    run = experiment.state().run
+    return [record for record in steps if record.run == run]
 
 
 def tested_rollouts(sources: Sources) -> dict[int, DatasetRef]:
@@ -116,10 +126,10 @@ def tally(ref: DatasetRef) -> RolloutTally:
     """
     counted, is_scored = RolloutTally(), ref.row_type == ScoredRollout.__name__
     for batch in iter_batches(ref, SCORED if is_scored else UNSCORED):
-        prompt_ids, completions, tokens, finish_reasons, *verdicts = (batch.column(n).to_pylist() for n in _order(batch))
-        counted.add(
-            prompt_ids, completions, tokens, finish_reasons, (verdicts[0], verdicts[1]) if is_scored else None
+        prompt_ids, completions, tokens, finish_reasons, *verdicts = (
+            batch.column(n).to_pylist() for n in _order(batch)
         )
+        counted.add(prompt_ids, completions, tokens, finish_reasons, (verdicts[0], verdicts[1]) if is_scored else None)
     return counted
 
 
@@ -134,9 +144,7 @@ def training_rollouts(record: IterationRecord) -> DatasetRef | None:
     return kinds.get(ScoredRollout.__name__) or kinds.get(Rollout.__name__)
 
 
-def _by_role(
-    record: IterationRecord, tested: DatasetRef | None
-) -> Iterator[tuple[IterationRecord, str, DatasetRef]]:
+def _by_role(record: IterationRecord, tested: DatasetRef | None) -> Iterator[tuple[IterationRecord, str, DatasetRef]]:
     if (trained := training_rollouts(record)) is not None:
         yield record, "training", trained
     if tested is not None:

@@ -65,9 +65,7 @@ def calls(steps: Iterable[StepRecord]) -> Iterator[StepRecord]:
             if record.step == SAMPLING:  # in the end it was done, retries included
                 failed.pop(sampling, None)
             yield record
-        elif record.state == "failed" and (
-            sampling not in failed or record.seconds > failed[sampling].seconds
-        ):
+        elif record.state == "failed" and (sampling not in failed or record.seconds > failed[sampling].seconds):
             failed[sampling] = record
     yield from failed.values()
 

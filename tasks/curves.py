@@ -38,10 +38,7 @@ def pass_curve(prompts: Mapping[tuple[int, int], int], seed: int = 0) -> list[Pa
     drawn = np.random.default_rng(seed).multinomial(total, counts / total, size=RESAMPLES)
     low, high = np.percentile(drawn @ values / total, [2.5, 97.5], axis=0)
     means = counts @ values / total
-    return [
-        PassPoint(k, *figures)
-        for k, *figures in zip(ks, means.tolist(), low.tolist(), high.tolist(), strict=True)
-    ]
+    return [PassPoint(k, *figures) for k, *figures in zip(ks, means.tolist(), low.tolist(), high.tolist(), strict=True)]
 
 
 def thinned(points: Sequence[T], most: int) -> list[T]:

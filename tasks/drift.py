@@ -110,7 +110,9 @@ class Change(NamedTuple):
     after: float
 
 
-def most_changed(before: Mapping[str, Solved], after: Mapping[str, Solved], most: int) -> tuple[list[Change], list[Change]]:
+def most_changed(
+    before: Mapping[str, Solved], after: Mapping[str, Solved], most: int
+) -> tuple[list[Change], list[Change]]:
     """The prompts that got better, and those that got worse: the largest changes first, at most so many of each.
 
     Only prompts that both have are compared; of equal changes the smaller id comes first.

@@ -1,7 +1,7 @@
 """What a policy was trained on, held against the prompts of dev and test: how much of these stands in it (DESIGN 9)."""
 
 from collections.abc import Iterator, Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import pyarrow as pa
 
@@ -23,7 +23,9 @@ NOT_TRAINED_ON = "held_out"  # an input of a training that only its loss is logg
 KEPT_TEXTS = 10_000  # texts whose overlap is remembered: a prompt stands in many rows
 
 
-def measure_overlap(policy: ModelRef, steps: Sequence[StepRecord], dev: DatasetRef, test: DatasetRef) -> DatasetRef | None:
+def measure_overlap(
+    policy: ModelRef, steps: Sequence[StepRecord], dev: DatasetRef, test: DatasetRef
+) -> DatasetRef | None:
     """Overlap rows of dev and test; None: the policy was not trained here, or is measured on benchmarks only.
 
     Args:
@@ -80,11 +82,15 @@ def trained_on(policy: ModelRef, steps: Sequence[StepRecord]) -> list[DatasetRef
     inputs = result.key_parts["inputs"]
     assert isinstance(inputs, dict)
     wanted = {found for name, value in inputs.items() if name != NOT_TRAINED_ON for found in data_digests(value)}
-    found = {}
+    found: dict[str, DatasetRef] = {}
     for record in steps:
         if record.key and record.digest not in found and (record.digest is None or record.digest in wanted):
             result = find_result(record.step, record.key)
-            found |= {one.digest: one for one in references_in(result.value if result else None) if isinstance(one, DatasetRef)}
+            found |= {
+                one.digest: one
+                for one in references_in(result.value if result else None)
+                if isinstance(one, DatasetRef)
+            }
     return [found[one] for one in sorted(wanted) if one in found]
 
 
@@ -115,5 +121,5 @@ def _found(trained: Sequence[DatasetRef], questions: Questions) -> Iterator[froz
 
 
 def _texts(column: pa.Array) -> list[list[str]]:
-    values: list[list[str]] = column.to_pylist()
+    values: list[Any] = column.to_pylist()
     return values if pa.types.is_list(column.type) else [[value] for value in values]

@@ -1,5 +1,6 @@
 """Rollouts to read in a report: right, wrong and undecided ones, and prompts that a policy got better or worse at."""
 
+import contextlib
 from collections.abc import Iterator, Mapping
 from itertools import islice
 from typing import NamedTuple
@@ -27,18 +28,17 @@ class Tested(NamedTuple):
 
 
 def first_samples(ref: DatasetRef, label: str) -> Iterator[ReportedSample]:
-    """The first right, wrong and undecided rollouts of a data set; none where it is gone."""
-    left = dict.fromkeys(KINDS.values(), OF_A_KIND)
-    try:
+    """The first right, wrong and undecided rollouts of a data set, each of another prompt; none where it is gone."""
+    found: dict[str, dict[str, ScoredRollout]] = {kind: {} for kind in KINDS.values()}
+    with contextlib.suppress(DatasetError):  # removed since; a notice says so
         for row in islice(read_rows(ref, ScoredRollout), LOOKED_AT):
-            kind = KINDS.get(row.reward, "")
-            if left.get(kind, 0):
-                left[kind] -= 1
-                yield _sample(row, label, kind)
-            if not any(left.values()):
-                return
-    except DatasetError:  # removed since; a notice says so
-        return
+            of_kind = found.get(KINDS.get(row.reward, ""))
+            if of_kind is not None and len(of_kind) < OF_A_KIND:
+                of_kind.setdefault(row.prompt_id, row)
+            if all(len(rows) == OF_A_KIND for rows in found.values()):
+                break
+    for kind, rows in found.items():
+        yield from (_sample(row, label, kind) for row in rows.values())
 
 
 def changed_samples(before: Tested, after: Tested) -> Iterator[ReportedSample]:
