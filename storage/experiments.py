@@ -157,7 +157,7 @@ class Experiment:
         """The runs in the order they began; those of versions that did not note them are not there."""
         files = (self.folder / "runs").glob("[!.]*.json")
         found = [RunRecord.model_validate_json(file.read_text()) for file in files]
-        return sorted(found, key=lambda record: record.started_at)
+        return sorted(found, key=lambda record: (record.started_at, record.run))
 
     def state(self) -> ExperimentState:
         """How the last run stands; one whose process is gone is interrupted, whatever the file says."""
