@@ -224,7 +224,7 @@ def _policies_below(axes: Any, rows: Sequence[Any]) -> None:
         axes.set_xticks(list(labels), [_wrapped(label) for label in labels.values()])
     else:
         axes.set_xticks(list(labels), [str(number) for number in labels])
-        axes.set_xlabel("iteration")
+        axes.set_xlabel("iteration, as numbered in the first table")
 
 
 def _wrapped(label: str) -> str:

@@ -5,7 +5,7 @@ from typing import NamedTuple, TypeVar
 
 import numpy as np
 
-from tasks.metrics import pass_at_k
+from tasks.metrics import pass_at_k, wilson
 
 RESAMPLES = 10_000
 T = TypeVar("T")
@@ -23,8 +23,9 @@ class PassPoint(NamedTuple):
 def pass_curve(prompts: Mapping[tuple[int, int], int], seed: int = 0) -> list[PassPoint]:
     """The unbiased pass@k from k = 1 to the rollouts that every prompt has; empty where there is no prompt.
 
-    The band is the percentile bootstrap over prompts. Prompts with equal counts are alike, so resampling them is one
-    multinomial draw over the kinds there are, and costs the same for a hundred prompts as for a million.
+    The band is Wilson's where a prompt's value is 0 or 1 (k is all there are), else the percentile bootstrap over
+    prompts, as for every other figure. Prompts with equal counts are alike, so resampling them is one multinomial draw
+    over the kinds there are, and costs the same for a hundred prompts as for a million.
 
     Args:
         prompts: (rollouts, correct ones) -> how many prompts have just these.
@@ -36,9 +37,12 @@ def pass_curve(prompts: Mapping[tuple[int, int], int], seed: int = 0) -> list[Pa
     ks = range(1, min(rollouts for rollouts, _ in kinds) + 1)
     values = np.array([[pass_at_k(rollouts, correct, k) for k in ks] for rollouts, correct in kinds])
     drawn = np.random.default_rng(seed).multinomial(total, counts / total, size=RESAMPLES)
-    low, high = np.percentile(drawn @ values / total, [2.5, 97.5], axis=0)
-    means = counts @ values / total
-    return [PassPoint(k, *figures) for k, *figures in zip(ks, means.tolist(), low.tolist(), high.tolist(), strict=True)]
+    bands = np.percentile(drawn @ values / total, [2.5, 97.5], axis=0)
+    points = []
+    for k, column, mean, low, high in zip(ks, values.T, counts @ values / total, *bands, strict=True):
+        band = wilson(mean * total, total) if set(column) <= {0.0, 1.0} else (float(low), float(high))
+        points.append(PassPoint(k, float(mean), *band))
+    return points
 
 
 def thinned(points: Sequence[T], most: int) -> list[T]:
