@@ -30,7 +30,7 @@ from tasks.curves import pass_curve
 from tasks.drift import RolloutTally, mean_length, quantile
 from tasks.lineage import Sources
 from tasks.origins import origins
-from tasks.picking import Tested, changed_samples, first_samples
+from tasks.picking import PolicyOnTest, changed_samples, first_samples
 from tasks.tables import figures_of_judges_and_pairs, published_rows, training_metrics
 from tasks.yields import figures_of_yields
 
@@ -348,5 +348,5 @@ def _samples(
         told = [tallies.of(ref) if ref is not None else None for ref in refs]
         if refs[0] and refs[1] and told[0] and told[1]:
             yield from changed_samples(
-                Tested(first.label, refs[0], told[0].solved), Tested(last.label, refs[1], told[1].solved)
+                PolicyOnTest(first.label, refs[0], told[0].solved), PolicyOnTest(last.label, refs[1], told[1].solved)
             )

@@ -19,7 +19,7 @@ CHARACTERS = 4_000  # of a text that is shown; a longer one is cut, and says so
 KINDS = {1.0: "right", 0.0: "wrong", None: "undecided"}
 
 
-class Tested(NamedTuple):
+class PolicyOnTest(NamedTuple):
     """A policy's scored rollouts on the test split."""
 
     label: str
@@ -41,7 +41,7 @@ def first_samples(ref: DatasetRef, label: str) -> Iterator[ReportedSample]:
         yield from (_sample(row, label, kind) for row in rows.values())
 
 
-def changed_samples(before: Tested, after: Tested) -> Iterator[ReportedSample]:
+def changed_samples(before: PolicyOnTest, after: PolicyOnTest) -> Iterator[ReportedSample]:
     """The prompts that changed most, with a rollout of each policy: wrong and then right, or right and then wrong."""
     improved, worsened = most_changed(before.solved, after.solved, CHANGED)
     for kind, changes in (("improved", improved), ("worsened", worsened)):
