@@ -1,42 +1,44 @@
 """An experiment's records and data sets -> the tables of its report. Everything is read from the home.
 
-Rollouts are streamed column by column, so a report of a million of them needs no more memory than one of a thousand
-with as many prompts. A data set that was removed since leaves its part out, and a notice says so.
+Rollouts are streamed column by column, so that a million of them need hardly more memory than a thousand. A data set
+that was removed since leaves its part out, and a notice says so.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from storage.datasets import DatasetError, DatasetRef, iter_batches, read_rows
+from storage.datasets import DatasetError, DatasetRef, read_rows
 from storage.experiments import Experiment, ExperimentState, IterationRecord, RunRecord, StepRecord
 from storage.report_rows import (
     ReportedCost,
-    ReportedCurve,
     ReportedDecision,
     ReportedMetric,
     ReportedOverlap,
     ReportedPublished,
-    ReportedReason,
-    ReportedRollouts,
     ReportedRun,
     ReportedSample,
     ReportedStage,
     ReportedTraining,
 )
 from storage.results import find_result
-from storage.rows import Overlap, Rollout, Row, ScoredRollout
+from storage.rows import Overlap, Row, ScoredRollout
 from tasks.costs import calls, cost_rows, spending
-from tasks.curves import pass_curve
-from tasks.drift import RolloutTally, mean_length, quantile
 from tasks.lineage import Sources
 from tasks.origins import origins
 from tasks.picking import PolicyOnTest, changed_samples, first_samples
 from tasks.tables import figures_of_judges_and_pairs, published_rows, training_metrics
+from tasks.tallying import (
+    Tallies,
+    curve_rows,
+    reason_rows,
+    rollouts_row,
+    solved_prompts,
+    tested_rollouts,
+    training_rollouts,
+)
 from tasks.yields import figures_of_yields
 
-UNSCORED = ["prompt_id", "completion", "completion_tokens", "finish_reason"]
 NOT_RECORDED = "not recorded"  # by the version that ran it
-SCORED = [*UNSCORED, "reward", "reason"]
 
 
 class Report(NamedTuple):
@@ -46,45 +48,29 @@ class Report(NamedTuple):
     state: ExperimentState
     config: dict[str, Any]
     iterations: list[IterationRecord]
-    runs: list[RunRecord]
     steps: list[StepRecord]  # of all runs
     tables: dict[str, Sequence[Row]]  # as storage.report_rows.TABLES
     gaps: list[str]  # what could not be read, each with what is left out for it
 
 
-class _Tallies:
-    """What rollouts are like, each data set read once."""
-
-    def __init__(self) -> None:
-        self.gaps: dict[str, None] = {}
-        self._known: dict[DatasetRef, RolloutTally | None] = {}
-
-    def of(self, ref: DatasetRef) -> RolloutTally | None:
-        """None: it is gone or damaged."""
-        if ref not in self._known:
-            try:
-                self._known[ref] = tally(ref)
-            except DatasetError as error:
-                self._known[ref] = None
-                self.gaps[f"Rollouts could not be read, and their figures are left out: {error}"] = None
-        return self._known[ref]
-
-
 def assemble(experiment: Experiment) -> Report:
     """All tables of the report, from what is stored."""
     iterations, config, steps = experiment.iterations(), experiment.config(), experiment.steps()
-    sources, tallies = Sources(experiment), _Tallies()
+    sources, tallies = Sources(experiment), Tallies()
     tested = tested_rollouts(sources)
-    curves = [row for record in iterations for row in _curve(record, tested.get(record.iteration), tallies)]
-    by_role = [one for record in iterations for one in _by_role(record, tested.get(record.iteration))]
-    known = [(record, role, ref, told) for record, role, ref in by_role if (told := tallies.of(ref)) is not None]
+    rollouts = [
+        (record, role, ref, told)
+        for record in iterations
+        for role, ref in (("training", training_rollouts(record)), ("test", tested.get(record.iteration)))
+        if ref is not None and (told := tallies.of(ref)) is not None
+    ]
     tables: dict[str, Sequence[Row]] = {
         "metrics": [row for record in iterations for row in _metrics(record)],
         "decisions": list(_decisions(iterations, config)),
         "funnel": [row for record in iterations for row in _funnel(record)],
-        "pass_at_k": curves,
-        "rollouts": [_rollouts(*one) for one in known],
-        "reasons": [row for record, role, _, told in known for row in _reasons(record, role, told)],
+        "pass_at_k": [row for record, role, _, told in rollouts if role == "test" for row in curve_rows(record, told)],
+        "rollouts": [rollouts_row(*one) for one in rollouts],
+        "reasons": [row for record, role, _, told in rollouts for row in reason_rows(record, role, told)],
         "training": [row for record in iterations for row in _training(record)],
         "overlaps": [row for record in iterations for row in _overlaps(record)],
         **_costs(steps, experiment.runs()),
@@ -93,62 +79,15 @@ def assemble(experiment: Experiment) -> Report:
             *figures_of_judges_and_pairs(iterations),
             *figures_of_yields(config, _of_last_run(experiment, steps)),
         ],
-        "samples": list(_samples(iterations, tested, tallies)),
+        "samples": list(_samples(iterations, tested)),
         "lineage": list(origins(sources)),
     }
-    return Report(
-        experiment.name, experiment.state(), config, iterations, experiment.runs(), steps, tables, list(tallies.gaps)
-    )
+    return Report(experiment.name, experiment.state(), config, iterations, steps, tables, tallies.gaps)
 
 
 def _of_last_run(experiment: Experiment, steps: Sequence[StepRecord]) -> list[StepRecord]:
     run = experiment.state().run
     return [record for record in steps if record.run == run]
-
-
-def tested_rollouts(sources: Sources) -> dict[int, DatasetRef]:
-    """Of each iteration, the scored rollouts on the test split: of several passes, the one with the most of them."""
-    found: dict[int, DatasetRef] = {}
-    for record, references in sources.results:
-        for ref in references:
-            scored = isinstance(ref, DatasetRef) and ref.row_type == ScoredRollout.__name__
-            if scored and record.split == "test" and record.iteration is not None:
-                assert isinstance(ref, DatasetRef)
-                found[record.iteration] = max(found.get(record.iteration, ref), ref, key=lambda one: one.rows)
-    return found
-
-
-def tally(ref: DatasetRef) -> RolloutTally:
-    """What a data set of rollouts, scored or not, is like.
-
-    Raises:
-        DatasetError: it is gone or damaged.
-    """
-    counted, is_scored = RolloutTally(), ref.row_type == ScoredRollout.__name__
-    for batch in iter_batches(ref, SCORED if is_scored else UNSCORED):
-        prompt_ids, completions, tokens, finish_reasons, *verdicts = (
-            batch.column(n).to_pylist() for n in _order(batch)
-        )
-        counted.add(prompt_ids, completions, tokens, finish_reasons, (verdicts[0], verdicts[1]) if is_scored else None)
-    return counted
-
-
-def _order(batch: Any) -> list[str]:
-    return [name for name in SCORED if name in batch.schema.names]
-
-
-def training_rollouts(record: IterationRecord) -> DatasetRef | None:
-    """What was drawn to train an iteration's policy, scored where it was; None: nothing, or it is not on record."""
-    made = [DatasetRef(**ref) for role, ref in record.references.items() if role not in ("dev", "test")]
-    kinds = {ref.row_type: ref for ref in reversed(made)}
-    return kinds.get(ScoredRollout.__name__) or kinds.get(Rollout.__name__)
-
-
-def _by_role(record: IterationRecord, tested: DatasetRef | None) -> Iterator[tuple[IterationRecord, str, DatasetRef]]:
-    if (trained := training_rollouts(record)) is not None:
-        yield record, "training", trained
-    if tested is not None:
-        yield record, "test", tested
 
 
 def _metrics(record: IterationRecord) -> Iterator[ReportedMetric]:
@@ -197,57 +136,6 @@ def _funnel(record: IterationRecord) -> Iterator[ReportedStage]:
             yield ReportedStage(
                 iteration=record.iteration, label=record.label, stage=stage, rows=rows, left_out=left_out
             )
-
-
-def _curve(record: IterationRecord, tested: DatasetRef | None, tallies: _Tallies) -> Iterator[ReportedCurve]:
-    told = tallies.of(tested) if tested is not None else None
-    if told is None:
-        return
-    counts = told.kinds_of_prompts()
-    points = pass_curve(counts)
-    for point in points if len(points) > 1 else ():  # of one rollout a prompt there is no curve
-        yield ReportedCurve(
-            iteration=record.iteration,
-            label=record.label,
-            k=point.k,
-            value=point.value,
-            low=point.low,
-            high=point.high,
-            prompts=told.prompts,
-            rollouts=len(points),
-        )
-
-
-def _rollouts(record: IterationRecord, role: str, ref: DatasetRef, told: RolloutTally) -> ReportedRollouts:
-    is_scored = ref.row_type == ScoredRollout.__name__
-    return ReportedRollouts(
-        iteration=record.iteration,
-        label=record.label,
-        role=role,
-        dataset=ref.name,
-        rollouts=told.rollouts,
-        prompts=told.prompts,
-        mean_tokens=mean_length(told.tokens),
-        median_tokens=quantile(told.tokens, 0.5),
-        tenth_tokens=quantile(told.tokens, 0.1),
-        ninetieth_tokens=quantile(told.tokens, 0.9),
-        truncated=told.truncated,
-        duplicates=told.duplicates,
-        undecided=told.undecided if is_scored else None,
-        correct=told.correct if is_scored else None,
-    )
-
-
-def _reasons(record: IterationRecord, role: str, told: RolloutTally) -> Iterator[ReportedReason]:
-    for (reason, decided), count in told.reasons.most_common():
-        yield ReportedReason(
-            iteration=record.iteration,
-            label=record.label,
-            role=role,
-            reason=reason,
-            decided=decided,
-            rollouts=count,
-        )
 
 
 def _training(record: IterationRecord) -> Iterator[ReportedTraining]:
@@ -332,9 +220,7 @@ def _published(config: dict[str, Any], iterations: Sequence[IterationRecord]) ->
         )
 
 
-def _samples(
-    iterations: Sequence[IterationRecord], tested: Mapping[int, DatasetRef], tallies: _Tallies
-) -> Iterator[ReportedSample]:
+def _samples(iterations: Sequence[IterationRecord], tested: Mapping[int, DatasetRef]) -> Iterator[ReportedSample]:
     for record in iterations:
         trained = training_rollouts(record)
         is_scored = trained is not None and trained.row_type == ScoredRollout.__name__
@@ -342,11 +228,11 @@ def _samples(
         if ref is not None:
             yield from first_samples(ref, record.label)
     standing = [record for record in iterations if record.promoted]
-    if len(standing) > 1:
-        first, last = standing[0], standing[-1]
-        refs = tested.get(first.iteration), tested.get(last.iteration)
-        told = [tallies.of(ref) if ref is not None else None for ref in refs]
-        if refs[0] and refs[1] and told[0] and told[1]:
-            yield from changed_samples(
-                PolicyOnTest(first.label, refs[0], told[0].solved), PolicyOnTest(last.label, refs[1], told[1].solved)
-            )
+    if len(standing) > 1 and standing[0].iteration in tested and standing[-1].iteration in tested:
+        yield from changed_samples(
+            *(_on_test(record, tested[record.iteration]) for record in (standing[0], standing[-1]))
+        )
+
+
+def _on_test(record: IterationRecord, ref: DatasetRef) -> PolicyOnTest:
+    return PolicyOnTest(record.label, ref, solved_prompts(ref))

@@ -5,6 +5,7 @@ from typing import NamedTuple, TypeVar
 
 import numpy as np
 
+from tasks.drift import Solved
 from tasks.metrics import pass_at_k, wilson
 
 RESAMPLES = 10_000
@@ -20,7 +21,7 @@ class PassPoint(NamedTuple):
     high: float
 
 
-def pass_curve(prompts: Mapping[tuple[int, int], int], seed: int = 0) -> list[PassPoint]:
+def pass_curve(prompts: Mapping[Solved, int], seed: int = 0) -> list[PassPoint]:
     """The unbiased pass@k from k = 1 to the rollouts that every prompt has; empty where there is no prompt.
 
     The band is Wilson's where a prompt's value is 0 or 1 (k is all there are), else the percentile bootstrap over
@@ -28,7 +29,7 @@ def pass_curve(prompts: Mapping[tuple[int, int], int], seed: int = 0) -> list[Pa
     over the kinds there are, and costs the same for a hundred prompts as for a million.
 
     Args:
-        prompts: (rollouts, correct ones) -> how many prompts have just these.
+        prompts: how many prompts have just so many rollouts and so many right ones.
     """
     if not prompts:
         return []

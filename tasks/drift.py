@@ -13,6 +13,10 @@ class Solved(NamedTuple):
     rollouts: int
     correct: int
 
+    def and_one(self, reward: float | None) -> "Solved":
+        """With one rollout more, which got this reward."""
+        return Solved(self.rollouts + 1, self.correct + (reward is not None and reward >= CORRECT))
+
     @property
     def rate(self) -> float:
         """The share that is right."""
@@ -20,17 +24,17 @@ class Solved(NamedTuple):
 
 
 class RolloutTally:
-    """Counts over the columns of scored rollouts, batch by batch; rollouts of a prompt follow each other.
+    """Counts over the columns of rollouts, batch by batch; the rollouts of a prompt follow each other.
 
-    What it holds grows with the prompts, not with the rollouts or their texts.
+    What it holds grows with the different lengths and reasons there are, not with the rollouts.
     """
 
     def __init__(self) -> None:
         self.tokens: Counter[int] = Counter()  # length of a completion -> rollouts
         self.truncated = self.duplicates = 0
         self.reasons: Counter[tuple[str, bool]] = Counter()  # (reason, whether it was decided) -> rollouts
-        self.solved: dict[str, Solved] = {}
-        self._prompt, self._texts = "", set[str]()
+        self._ended: Counter[Solved] = Counter()  # of the prompts before the present one
+        self._prompt, self._solved, self._texts = "", Solved(0, 0), set[str]()
 
     @property
     def rollouts(self) -> int:
@@ -38,9 +42,9 @@ class RolloutTally:
         return self.tokens.total()
 
     @property
-    def prompts(self) -> int:
-        """Prompts that were counted."""
-        return len(self.solved)
+    def prompts(self) -> Counter[Solved]:
+        """How many prompts have just so many rollouts and so many right ones."""
+        return self._ended + Counter([self._solved] if self._texts else [])
 
     @property
     def undecided(self) -> int:
@@ -50,11 +54,7 @@ class RolloutTally:
     @property
     def correct(self) -> int:
         """Rollouts that are right."""
-        return sum(solved.correct for solved in self.solved.values())
-
-    def kinds_of_prompts(self) -> Counter[tuple[int, int]]:
-        """(rollouts, correct ones) -> prompts that have just these."""
-        return Counter((solved.rollouts, solved.correct) for solved in self.solved.values())
+        return sum(solved.correct * count for solved, count in self.prompts.items())
 
     def add(
         self,
@@ -78,13 +78,13 @@ class RolloutTally:
             self.reasons.update(zip(verdicts[1], decided, strict=True))
         for prompt_id, completion, reward in zip(prompt_ids, completions, rewards, strict=True):
             if prompt_id != self._prompt:
-                self._prompt, self._texts = prompt_id, set()
+                if self._texts:
+                    self._ended[self._solved] += 1
+                self._prompt, self._solved, self._texts = prompt_id, Solved(0, 0), set()
             text = completion.strip()
             self.duplicates += text in self._texts
             self._texts.add(text)
-            before = self.solved.get(prompt_id, Solved(0, 0))
-            is_correct = reward is not None and reward >= CORRECT
-            self.solved[prompt_id] = Solved(before.rollouts + 1, before.correct + is_correct)
+            self._solved = self._solved.and_one(reward)
 
 
 def mean_length(tokens: Mapping[int, int]) -> float:

@@ -14,7 +14,7 @@ import yaml
 
 from storage.durable import put_file
 from storage.experiments import Experiment, IterationRecord
-from storage.report_rows import TABLES, parquet_of, plain
+from storage.report_rows import TABLES, ReportedOrigin, parquet_of, plain
 from tasks import charts
 from tasks.assembling import Report, assemble
 from tasks.costs import calls
@@ -113,6 +113,7 @@ def render(report: Report) -> str:
         calibrations=[(record.label, table) for record in report.iterations if (table := calibration_table(record))],
         held_out_losses=list(held_out_losses(report.iterations)),
         pairs=[(record.label, sides) for record in report.iterations if (sides := pair_table(record))],
+        made={row.name for row in report.tables["lineage"] if isinstance(row, ReportedOrigin)},
         kept_apart=_kept_apart(report),
         steps=last_run[-SHOWN_STEPS:],
         steps_left_out=max(0, len(last_run) - SHOWN_STEPS),

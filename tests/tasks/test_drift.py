@@ -19,10 +19,9 @@ def counted() -> RolloutTally:
 
 def test_rollouts_are_counted_by_what_became_of_them() -> None:
     tally = counted()
-    assert (tally.rollouts, tally.prompts, tally.correct, tally.undecided, tally.truncated) == (4, 2, 2, 1, 1)
+    assert (tally.rollouts, tally.correct, tally.undecided, tally.truncated) == (4, 2, 1, 1)
     assert tally.reasons == {("match", True): 2, ("mismatch", True): 1, ("truncated", False): 1}
-    assert tally.solved == {"a": Solved(3, 2), "b": Solved(1, 0)}
-    assert tally.kinds_of_prompts() == {(3, 2): 1, (1, 0): 1}
+    assert tally.prompts == {Solved(3, 2): 1, Solved(1, 0): 1}
 
 
 def test_a_duplicate_is_a_text_of_the_same_prompt_and_white_space_at_its_ends_is_no_difference() -> None:
@@ -33,6 +32,7 @@ def test_unscored_rollouts_have_lengths_and_no_verdicts() -> None:
     tally = RolloutTally()
     tally.add(["a", "a"], ["x", "y"], [1, 2], ["stop", "length"], None)
     assert (tally.rollouts, tally.truncated, tally.reasons, tally.undecided) == (2, 1, Counter(), 0)
+    assert RolloutTally().prompts == {}
 
 
 def test_lengths_are_summed_up_exactly() -> None:
