@@ -10,6 +10,7 @@ calls the policy. Shares and accuracies are in [0, 1].
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from io import BytesIO
+from math import isfinite
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -258,5 +259,6 @@ def parquet_of(rows: Sequence[Row], row_type: type[Row]) -> bytes:
 
 
 def plain(row: Row) -> dict[str, object]:
-    """A row as JSON has it."""
-    return {field.name: getattr(row, field.name) for field in fields(row)}
+    """A row as JSON has it, which knows no NaN and no infinity, as a training that went wrong may log: None."""
+    values = {field.name: getattr(row, field.name) for field in fields(row)}
+    return {name: None if isinstance(value, float) and not isfinite(value) else value for name, value in values.items()}

@@ -1,7 +1,7 @@
 """What a policy was trained on, held against the prompts of dev and test: how much of these stands in it (DESIGN 9)."""
 
 from collections.abc import Iterator, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import pyarrow as pa
 
@@ -9,7 +9,7 @@ from models.specs import ModelRef
 from storage.datasets import DatasetRef, iter_batches, read_rows, write_rows
 from storage.experiments import StepRecord
 from storage.results import find_result
-from storage.rows import Overlap, Prompt
+from storage.rows import EvaluatedPrompt, Overlap, Prompt
 from storage.schemas import arrow_schema, row_types
 from tasks.caching import log_counts, step
 from tasks.contamination import Questions
@@ -23,6 +23,14 @@ NOT_TRAINED_ON = "held_out"  # an input of a training that only its loss is logg
 KEPT_TEXTS = 10_000  # texts whose overlap is remembered: a prompt stands in many rows
 
 
+class HeldOut(NamedTuple):
+    """A split that a policy was evaluated on, and where the texts of its prompts are to be found."""
+
+    split: Split
+    evaluated: DatasetRef  # EvaluatedPrompt rows
+    prompts: tuple[DatasetRef, ...]  # Prompt rows, among them others that these were made from
+
+
 def measure_overlap(
     policy: ModelRef, steps: Sequence[StepRecord], dev: DatasetRef, test: DatasetRef
 ) -> DatasetRef | None:
@@ -32,24 +40,17 @@ def measure_overlap(
         steps: of the run under way.
         dev, test: EvaluatedPrompt rows of the policy.
     """
-    trained = trained_on(policy, steps)
-    held_out = {split: tuple(nearest(ref, Prompt)) for split, ref in (("dev", dev), ("test", test))}
-    if not trained or not any(held_out.values()):
-        return None
-    return count_overlaps(tuple(trained), held_out["dev"], held_out["test"])
+    trained = tuple(trained_on(policy, steps))
+    measured: list[tuple[Split, DatasetRef]] = [("dev", dev), ("test", test)]
+    splits = [HeldOut(split, ref, tuple(nearest(ref, Prompt))) for split, ref in measured]
+    known = [one for one in splits if one.prompts]
+    return count_overlaps(trained, tuple(known)) if trained and known else None
 
 
 @step(version="1")
-def count_overlaps(
-    trained: tuple[DatasetRef, ...], dev: tuple[DatasetRef, ...], test: tuple[DatasetRef, ...]
-) -> DatasetRef:
+def count_overlaps(trained: tuple[DatasetRef, ...], held_out: tuple[HeldOut, ...]) -> DatasetRef:
     """How many training rows share a run of 13 words with a prompt of dev or test, and how many of these are shared."""
-    splits: dict[Split, tuple[DatasetRef, ...]] = {"dev": dev, "test": test}
-    prompts = {
-        split: {row.prompt_id: row.prompt for ref in refs for row in read_rows(ref, Prompt)}
-        for split, refs in splits.items()
-        if refs
-    }
+    prompts = {one.split: _prompts(one) for one in held_out}
     questions = Questions((f"{split} {name}", text) for split, texts in prompts.items() for name, text in texts.items())
     rows, sharing, shared = 0, dict.fromkeys(prompts, 0), set[str]()
     for found in _found(trained, questions):
@@ -69,7 +70,8 @@ def count_overlaps(
         for split, texts in prompts.items()
     ]
     log_counts({f"{one.split} prompts shared": one.shared_prompts for one in overlaps})
-    return write_rows(overlaps, Overlap, step="overlaps", parents=[*trained, *dev, *test])
+    parents = [*trained, *(ref for one in held_out for ref in one.prompts)]
+    return write_rows(overlaps, Overlap, step="overlaps", parents=parents)
 
 
 def trained_on(policy: ModelRef, steps: Sequence[StepRecord]) -> list[DatasetRef]:
@@ -100,6 +102,13 @@ def data_digests(key_part: object) -> Iterator[str]:
         yield from (found for one in key_part for found in data_digests(one))
     elif isinstance(key_part, dict) and key_part.keys() == {"rows"}:
         yield key_part["rows"]
+
+
+def _prompts(held_out: HeldOut) -> dict[str, str]:
+    """The texts of the prompts that were evaluated, by id."""
+    evaluated = {row.prompt_id for row in read_rows(held_out.evaluated, EvaluatedPrompt)}
+    rows = (row for ref in held_out.prompts for row in read_rows(ref, Prompt))
+    return {row.prompt_id: row.prompt for row in rows if row.prompt_id in evaluated}
 
 
 def _found(trained: Sequence[DatasetRef], questions: Questions) -> Iterator[frozenset[str]]:

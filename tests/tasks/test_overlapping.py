@@ -8,7 +8,7 @@ from storage.experiments import StepRecord
 from storage.results import StepResult, save_result
 from storage.rows import Conversation, Demonstration, EvaluatedPrompt, Overlap, Pair, Prompt
 from tasks.contamination import Questions
-from tasks.overlapping import count_overlaps, measure_overlap, trained_on
+from tasks.overlapping import HeldOut, count_overlaps, measure_overlap, trained_on
 from tests.tasks.builders import demonstration, evaluated
 from tests.tasks.test_costs import record
 
@@ -16,7 +16,7 @@ LONG = "one two three four five six seven eight nine ten eleven twelve thirteen 
 
 
 def prompts(*texts: str) -> DatasetRef:
-    rows = [Prompt(prompt_id=f"{n}", source="tests", prompt=text, answer=None) for n, text in enumerate(texts)]
+    rows = [Prompt(prompt_id=text, source="tests", prompt=text, answer=None) for text in texts]
     return write_rows(rows, Prompt, step="prompts")
 
 
@@ -27,10 +27,17 @@ def demonstrations(*texts: str) -> DatasetRef:
 
 def told(trained: DatasetRef, dev: DatasetRef, test: DatasetRef) -> dict[str, tuple[int, int, int, int]]:
     """Of each split: training rows, those that share, held-out prompts, those that are shared."""
+    splits = (HeldOut("dev", all_evaluated(dev), (dev,)), HeldOut("test", all_evaluated(test), (test,)))
     return {
         row.split: (row.training_rows, row.sharing_rows, row.held_out_prompts, row.shared_prompts)
-        for row in read_rows(count_overlaps.fn((trained,), (dev,), (test,)), Overlap)
+        for row in read_rows(count_overlaps.fn((trained,), splits), Overlap)
     }
+
+
+def all_evaluated(asked: DatasetRef) -> DatasetRef:
+    """A policy that was asked all of these prompts."""
+    rows = [evaluated(row.prompt_id, 1.0) for row in read_rows(asked, Prompt)]
+    return write_rows(rows, EvaluatedPrompt, step="evaluated", parents=[asked])
 
 
 def test_a_run_of_13_words_is_an_overlap_and_one_of_12_is_none() -> None:
@@ -70,6 +77,18 @@ def test_all_texts_that_are_trained_on_are_looked_at() -> None:
         assert told(trained, prompts(LONG), prompts("x y z"))["dev"] == (1, 1, 1, 1)
 
 
+def test_what_prompts_were_made_from_is_no_held_out_prompt() -> None:
+    query, asked = (
+        prompts(LONG),
+        write_rows(
+            [Prompt(prompt_id="made", source="tests", prompt="Say it in rhyme.", answer=None)], Prompt, step="asked"
+        ),
+    )
+    held_out = HeldOut("test", all_evaluated(asked), (asked, query))
+    (overlap,) = read_rows(count_overlaps.fn((demonstrations(LONG),), (held_out,)), Overlap)
+    assert (overlap.held_out_prompts, overlap.shared_prompts, overlap.sharing_rows) == (1, 0, 0)
+
+
 def made(step: str, key: str, value: DatasetRef | ModelRef, inputs: dict[str, object]) -> StepRecord:
     """A step that was done, in the store and as a record."""
     result = StepResult(
@@ -94,10 +113,7 @@ def test_what_a_policy_was_trained_on_is_found_by_the_step_that_made_it() -> Non
     assert trained_on(policy, steps) == [chosen]
     assert trained_on(ModelRef(name="fake:0.4"), steps) == []
     test, dev = prompts(LONG), prompts("some other prompt altogether")
-    splits = [
-        write_rows([evaluated(name, 1.0)], EvaluatedPrompt, step="evaluated", parents=[ref])
-        for name, ref in (("d", dev), ("t", test))
-    ]
+    splits = [all_evaluated(dev), all_evaluated(test)]
     overlaps = measure_overlap(policy, steps, *splits)
     assert overlaps is not None
     assert {row.split: row.shared_prompts for row in read_rows(overlaps, Overlap)} == {"dev": 0, "test": 1}
