@@ -32,14 +32,14 @@ def notices(state: ExperimentState, tables: Mapping[str, Sequence[Row]], gaps: S
     """What may be wrong with the figures, the gravest first."""
     if state.state not in ("finished", "running"):
         yield f"The last run did not come to its end ({state.state}); what is shown is what was done until then."
-    for row in tables["overlaps"]:
-        assert isinstance(row, ReportedOverlap)
-        if row.shared_prompts:
-            yield (
-                f"{row.shared_prompts:,} of {row.held_out_prompts:,} {row.split} prompts share a run of "
-                f"{row.run_words} words with {row.sharing_rows:,} of the {row.training_rows:,} rows that {row.label} "
-                "was trained on; its figures may be too good."
-            )
+    overlaps = [row for row in tables["overlaps"] if isinstance(row, ReportedOverlap) and row.shared_prompts]
+    if overlaps:
+        worst = max(overlaps, key=lambda row: row.shared_prompts / row.held_out_prompts)
+        yield (
+            f"Held-out prompts share runs of {worst.run_words} words with rows that policies were trained on, at most "
+            f"{worst.shared_prompts:,} of {worst.held_out_prompts:,} {worst.split} prompts ({worst.label}). Where that "
+            "is more than common phrasing, figures may be too good; see Contamination."
+        )
     for row in tables["rollouts"]:
         assert isinstance(row, ReportedRollouts)
         if row.role == "test" and row.truncated > TRUNCATED * row.rollouts:

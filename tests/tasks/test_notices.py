@@ -87,10 +87,10 @@ def test_a_clean_report_says_only_what_is_gone() -> None:
     assert clean == ["Gone: datasets/scored/26f1"]
 
 
-def test_held_out_prompts_in_the_training_rows_are_told() -> None:
-    assert told(overlaps=[overlap(3)])[0].startswith(
-        "3 of 400 test prompts share a run of 13 words with 7 of the 900 rows"
-    )
+def test_held_out_prompts_in_the_training_rows_are_told_once_by_the_worst_case() -> None:
+    first, second = told(overlaps=[overlap(3), overlap(40), overlap(0)])
+    assert "at most 40 of 400 test prompts (iteration 1)" in first
+    assert second == "Gone: datasets/scored/26f1"
 
 
 def test_test_rollouts_that_are_cut_off_are_told_above_5_percent() -> None:
