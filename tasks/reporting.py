@@ -6,7 +6,8 @@ experiments/<name>/report/<table>.parquet   the tables, typed as storage/report_
 """
 
 import json
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,8 @@ from tasks.tables import calibration_table, held_out_losses, pair_table
 from tasks.yields import yields
 
 SHOWN_STEPS = 400  # of the last run, in the page; report.json has all
+SHOWN_ALIKE = 8  # things that one step made in one iteration for one split: shards, mostly
+SHOWN_PARENTS = 12
 
 
 def write_report(experiment: Experiment) -> Path:
@@ -98,6 +101,7 @@ def render(report: Report) -> str:
     environment.filters |= {"percent": _percent, "count": _count, "duration": duration, "short": _short}
     page = environment.from_string(Path(__file__).with_name("report.html").read_text())
     last_run = list(calls(record for record in report.steps if record.run == report.state.run))
+    lineage = shown_lineage([row for row in report.tables["lineage"] if isinstance(row, ReportedOrigin)])
     return page.render(
         report=report,
         name=report.experiment,
@@ -113,12 +117,26 @@ def render(report: Report) -> str:
         calibrations=[(record.label, table) for record in report.iterations if (table := calibration_table(record))],
         held_out_losses=list(held_out_losses(report.iterations)),
         pairs=[(record.label, sides) for record in report.iterations if (sides := pair_table(record))],
-        made={row.name for row in report.tables["lineage"] if isinstance(row, ReportedOrigin)},
+        lineage=lineage,
+        lineage_left_out=len(report.tables["lineage"]) - len(lineage),
+        made={row.name for row in lineage},
+        shown_parents=SHOWN_PARENTS,
         kept_apart=_kept_apart(report),
         steps=last_run[-SHOWN_STEPS:],
         steps_left_out=max(0, len(last_run) - SHOWN_STEPS),
         settings=yaml.safe_dump(report.config, sort_keys=False, allow_unicode=True, width=100),
     )
+
+
+def shown_lineage(rows: Sequence[ReportedOrigin]) -> list[ReportedOrigin]:
+    """The rows, but of many that are alike the first few: an experiment may have thousands of shards."""
+    alike: Counter[tuple[str, int | None, str | None]] = Counter()
+    shown = []
+    for row in rows:
+        alike[row.step, row.iteration, row.split] += 1
+        if alike[row.step, row.iteration, row.split] <= SHOWN_ALIKE:
+            shown.append(row)
+    return shown
 
 
 def duration(seconds: float) -> str:

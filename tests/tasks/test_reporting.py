@@ -14,7 +14,7 @@ import pytest
 from storage.experiments import Experiment
 from storage.report_rows import TABLES
 from tasks.assembling import assemble
-from tasks.reporting import duration, facts, render, write_report
+from tasks.reporting import duration, facts, render, shown_lineage, write_report
 from tests.flows.builders import run_plainly
 
 pytestmark = pytest.mark.flow  # a library, a server or a run that takes too long for every save
@@ -67,6 +67,7 @@ def test_the_report_is_one_page_that_loads_nothing(experiment: Experiment) -> No
     page = page_of(experiment)
     assert all(link.startswith("#") for link in Page(page).links)
     assert "@import" not in page
+    assert "default-src 'none'" in page  # nor would a browser let it, or run a script
     assert re.findall(r"url\((?!#)", page) == []
 
 
@@ -221,6 +222,20 @@ def test_facts_have_the_shape_that_programs_rely_on(experiment: Experiment) -> N
     shards = {record["shard"] for record in told["steps"] if record["step"] == "sample_rollouts"}
     assert {0, 1, 2, 3} <= shards  # 40 prompts, 10 a shard
     assert json.loads(json.dumps(told)) == told
+
+
+def test_of_thousands_of_shards_the_page_shows_a_few_and_says_so(experiment: Experiment) -> None:
+    report = assemble(experiment)
+    first: Any = report.tables["lineage"][0]
+    shards = [_with(first, name=f"datasets/judged_shard/{n:032}", step="judge_shard", iteration=1) for n in range(3000)]
+    gathered = _with(
+        first, name="datasets/judged/" + 32 * "f", step="gather_judged", parents=[row.name for row in shards]
+    )
+    assert shown_lineage([*shards, gathered]) == [*shards[:8], gathered]
+    page = render(report._replace(tables=report.tables | {"lineage": [*shards, gathered]}))
+    assert "without 2,992 that are like those shown" in page
+    assert "and 2,988 more" in page
+    assert len(page) < 1.1 * len(render(report))
 
 
 @pytest.mark.parametrize(
