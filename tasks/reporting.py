@@ -19,6 +19,7 @@ from storage.report_rows import TABLES, ReportedOrigin, parquet_of, plain
 from tasks import charts
 from tasks.assembling import Report, assemble
 from tasks.costs import calls
+from tasks.figures import Chart
 from tasks.notices import notices, summary
 from tasks.observing import publish_markdown
 from tasks.planning import current_plan
@@ -149,7 +150,7 @@ def duration(seconds: float) -> str:
     )
 
 
-def _charts(tables: Mapping[str, Any]) -> dict[str, list[charts.Chart]]:
+def _charts(tables: Mapping[str, Any]) -> dict[str, list[Chart]]:
     return {
         "accuracy": list(charts.accuracy_chart(tables["metrics"])),
         "pass": list(charts.pass_chart(tables["pass_at_k"])),

@@ -16,6 +16,7 @@ from storage.report_rows import (
     ReportedTraining,
 )
 from tasks import charts
+from tasks.figures import Chart
 
 pytestmark = pytest.mark.flow  # matplotlib takes too long to load for every save
 HOSTILE = "</svg><script>$x$ & #c00001"
@@ -37,7 +38,7 @@ def training(iteration: int, name: str, values: list[float]) -> list[ReportedTra
     ]
 
 
-def texts(chart: charts.Chart) -> list[str]:
+def texts(chart: Chart) -> list[str]:
     """What stands in a figure; it is well-formed XML, or this fails."""
     named = str(chart.svg).replace("xlink:href", "href")
     return ["".join(one.itertext()) for one in ElementTree.fromstring(named).iter() if one.tag.endswith("text")]
@@ -173,7 +174,7 @@ def test_where_there_is_nothing_to_draw_there_is_no_figure() -> None:
         tokens=0,
         reused_rollouts=0,
     )
-    drawn: list[charts.Chart] = []
+    drawn: list[Chart] = []
     for make in (
         charts.accuracy_chart,
         charts.pass_chart,
