@@ -251,3 +251,13 @@ def test_of_thousands_of_shards_the_page_shows_a_few_and_says_so(experiment: Exp
 )
 def test_durations_are_told_as_people_say_them(seconds: float, told: str) -> None:
     assert duration(seconds) == told
+
+
+def test_an_experiment_that_has_not_come_to_its_base_yet_has_a_report() -> None:
+    experiment = Experiment("words")
+    experiment.begin("run-1", {"recipe": "rest_em"})
+    experiment.end("failed", "ValueError: <no prompts>")
+    page = write_report(experiment).read_text()
+    assert "ValueError: &lt;no prompts&gt;" in page
+    assert "did not come to its end (failed)" in page
+    assert Page(page).open == []
