@@ -1,7 +1,7 @@
 """What a policy was trained on, held against the prompts of dev and test: how much of these stands in it (DESIGN 9)."""
 
 from collections.abc import Iterator, Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Any
 
 import pyarrow as pa
 
@@ -17,18 +17,9 @@ from tasks.explaining import references_in
 from tasks.lineage import nearest
 from tasks.prompts import NGRAM
 
-Split = Literal["dev", "test"]
 TEXTS = ("contents", "prompt", "completion", "chosen", "rejected")  # columns that are trained on
 NOT_TRAINED_ON = "held_out"  # an input of a training that only its loss is logged of
 KEPT_TEXTS = 10_000  # texts whose overlap is remembered: a prompt stands in many rows
-
-
-class HeldOut(NamedTuple):
-    """A split that a policy was evaluated on, and where the texts of its prompts are to be found."""
-
-    split: Split
-    evaluated: DatasetRef  # EvaluatedPrompt rows
-    prompts: tuple[DatasetRef, ...]  # Prompt rows, among them others that these were made from
 
 
 def measure_overlap(
@@ -41,16 +32,21 @@ def measure_overlap(
         dev, test: EvaluatedPrompt rows of the policy.
     """
     trained = tuple(trained_on(policy, steps))
-    measured: list[tuple[Split, DatasetRef]] = [("dev", dev), ("test", test)]
-    splits = [HeldOut(split, ref, tuple(nearest(ref, Prompt))) for split, ref in measured]
-    known = [one for one in splits if one.prompts]
-    return count_overlaps(trained, tuple(known)) if trained and known else None
+    asked = {split: tuple(_asked(evaluated)) for split, evaluated in (("dev", dev), ("test", test))}
+    return count_overlaps(trained, asked["dev"], asked["test"]) if trained and any(asked.values()) else None
 
 
 @step(version="1")
-def count_overlaps(trained: tuple[DatasetRef, ...], held_out: tuple[HeldOut, ...]) -> DatasetRef:
+def count_overlaps(
+    trained: tuple[DatasetRef, ...], dev: tuple[DatasetRef, ...], test: tuple[DatasetRef, ...]
+) -> DatasetRef:
     """How many training rows share a run of 13 words with a prompt of dev or test, and how many of these are shared."""
-    prompts = {one.split: _prompts(one) for one in held_out}
+    splits = {"dev": dev, "test": test}
+    prompts = {
+        split: {row.prompt_id: row.prompt for ref in refs for row in read_rows(ref, Prompt)}
+        for split, refs in splits.items()
+        if refs
+    }
     questions = Questions((f"{split} {name}", text) for split, texts in prompts.items() for name, text in texts.items())
     rows, sharing, shared = 0, dict.fromkeys(prompts, 0), set[str]()
     for found in _found(trained, questions):
@@ -70,8 +66,7 @@ def count_overlaps(trained: tuple[DatasetRef, ...], held_out: tuple[HeldOut, ...
         for split, texts in prompts.items()
     ]
     log_counts({f"{one.split} prompts shared": one.shared_prompts for one in overlaps})
-    parents = [*trained, *(ref for one in held_out for ref in one.prompts)]
-    return write_rows(overlaps, Overlap, step="overlaps", parents=parents)
+    return write_rows(overlaps, Overlap, step="overlaps", parents=[*trained, *dev, *test])
 
 
 def trained_on(policy: ModelRef, steps: Sequence[StepRecord]) -> list[DatasetRef]:
@@ -104,11 +99,12 @@ def data_digests(key_part: object) -> Iterator[str]:
         yield key_part["rows"]
 
 
-def _prompts(held_out: HeldOut) -> dict[str, str]:
-    """The texts of the prompts that were evaluated, by id."""
-    evaluated = {row.prompt_id for row in read_rows(held_out.evaluated, EvaluatedPrompt)}
-    rows = (row for ref in held_out.prompts for row in read_rows(ref, Prompt))
-    return {row.prompt_id: row.prompt for row in rows if row.prompt_id in evaluated}
+def _asked(evaluated: DatasetRef) -> Iterator[DatasetRef]:
+    """The prompts that were put to a policy; not what they were made from, as the queries of instructions."""
+    ids = {row.prompt_id for row in read_rows(evaluated, EvaluatedPrompt)}
+    for ref in nearest(evaluated, Prompt):
+        if all(row.prompt_id in ids for row in read_rows(ref, Prompt)):
+            yield ref
 
 
 def _found(trained: Sequence[DatasetRef], questions: Questions) -> Iterator[frozenset[str]]:

@@ -6,10 +6,10 @@ from models.specs import ModelRef
 from storage.datasets import DatasetRef, read_rows, write_rows
 from storage.experiments import StepRecord
 from storage.results import StepResult, save_result
-from storage.rows import Conversation, Demonstration, EvaluatedPrompt, Overlap, Pair, Prompt
+from storage.rows import Conversation, Demonstration, EvaluatedPrompt, Instance, Overlap, Pair, Prompt
 from tasks.contamination import Questions
-from tasks.overlapping import HeldOut, count_overlaps, measure_overlap, trained_on
-from tests.tasks.builders import demonstration, evaluated
+from tasks.overlapping import count_overlaps, measure_overlap, trained_on
+from tests.tasks.builders import demonstration, evaluated, instance
 from tests.tasks.test_costs import record
 
 LONG = "one two three four five six seven eight nine ten eleven twelve thirteen fourteen"  # 14 words: 2 runs of 13
@@ -27,10 +27,9 @@ def demonstrations(*texts: str) -> DatasetRef:
 
 def told(trained: DatasetRef, dev: DatasetRef, test: DatasetRef) -> dict[str, tuple[int, int, int, int]]:
     """Of each split: training rows, those that share, held-out prompts, those that are shared."""
-    splits = (HeldOut("dev", all_evaluated(dev), (dev,)), HeldOut("test", all_evaluated(test), (test,)))
     return {
         row.split: (row.training_rows, row.sharing_rows, row.held_out_prompts, row.shared_prompts)
-        for row in read_rows(count_overlaps.fn((trained,), splits), Overlap)
+        for row in read_rows(count_overlaps.fn((trained,), (dev,), (test,)), Overlap)
     }
 
 
@@ -77,18 +76,6 @@ def test_all_texts_that_are_trained_on_are_looked_at() -> None:
         assert told(trained, prompts(LONG), prompts("x y z"))["dev"] == (1, 1, 1, 1)
 
 
-def test_what_prompts_were_made_from_is_no_held_out_prompt() -> None:
-    query, asked = (
-        prompts(LONG),
-        write_rows(
-            [Prompt(prompt_id="made", source="tests", prompt="Say it in rhyme.", answer=None)], Prompt, step="asked"
-        ),
-    )
-    held_out = HeldOut("test", all_evaluated(asked), (asked, query))
-    (overlap,) = read_rows(count_overlaps.fn((demonstrations(LONG),), (held_out,)), Overlap)
-    assert (overlap.held_out_prompts, overlap.shared_prompts, overlap.sharing_rows) == (1, 0, 0)
-
-
 def made(step: str, key: str, value: DatasetRef | ModelRef, inputs: dict[str, object]) -> StepRecord:
     """A step that was done, in the store and as a record."""
     result = StepResult(
@@ -118,6 +105,27 @@ def test_what_a_policy_was_trained_on_is_found_by_the_step_that_made_it() -> Non
     assert overlaps is not None
     assert {row.split: row.shared_prompts for row in read_rows(overlaps, Overlap)} == {"dev": 0, "test": 1}
     assert measure_overlap(ModelRef(name="fake:0.4"), steps, *splits) is None
+
+
+def test_what_prompts_were_made_from_is_no_held_out_prompt_and_how_they_went_makes_no_difference() -> None:
+    policy, trained, query = ModelRef(name="m", digest="e" * 32), demonstrations(LONG), prompts(LONG)
+    steps = [
+        made("select_demonstrations", "a" * 64, trained, {}),
+        made("train_sft", "c" * 64, policy, {"demonstrations": [{"rows": trained.digest}]}),
+    ]
+    rhyme = Prompt(prompt_id="made", source="tests", prompt="Say it in rhyme.", answer=None)
+    asked = write_rows([rhyme], Prompt, step="asked", parents=[query])
+    instances = write_rows([instance("made")], Instance, step="instances", parents=[query])
+
+    def measured(value: float) -> DatasetRef | None:
+        rows = [evaluated("made", value)]
+        went = write_rows(rows, EvaluatedPrompt, step="evaluated", parents=[instances, asked])
+        return measure_overlap(policy, steps, went, went)
+
+    right, wrong = measured(1.0), measured(0.0)
+    assert right is not None and right == wrong
+    told = [(row.split, row.held_out_prompts, row.shared_prompts) for row in read_rows(right, Overlap)]
+    assert told == [("dev", 1, 0), ("test", 1, 0)]
 
 
 @pytest.mark.parametrize(
