@@ -1,6 +1,6 @@
 """The record of an experiment: its settings, what each step did, and its iterations in order.
 
-`experiments/<name>/`: config.json, state.json, steps.jsonl (one line a finished step, of all runs) and
+`experiments/<name>/`: config.json, state.json, steps.jsonl (one line a finished step, of all runs), runs/<run>.json and
 iterations/<number>.json. Reports and `ratchet status` are computed from these files, never from a session's memory.
 """
 
@@ -86,6 +86,29 @@ class ExperimentState(BaseModel):
     unsettled: tuple[str, ...] = ()  # flow runs of processes that died, which Prefect may still show as running
 
 
+class Surroundings(BaseModel):
+    """What a run was made with."""
+
+    model_config = ConfigDict(frozen=True)
+
+    versions: dict[str, str]  # of Python and of libraries
+    commit: str | None  # of this code; "+" behind it: with changes. None: not run from a repository
+    machine: str  # its kind, without its name
+    accelerators: tuple[str, ...]
+
+
+class RunRecord(BaseModel):
+    """One run: when, how it ended, and what it was made with."""
+
+    model_config = ConfigDict(frozen=True)
+
+    run: str
+    state: State  # "running" for ever, if the process was killed
+    started_at: str
+    finished_at: str | None = None
+    surroundings: Surroundings | None = None
+
+
 class Experiment:
     """The folder of one experiment."""
 
@@ -93,7 +116,14 @@ class Experiment:
         self.name = name
         self.folder = home() / "experiments" / checked_name(name, "an experiment's name")
 
-    def begin(self, run: str, config: Mapping[str, Any], *, flow_run_id: str | None = None) -> None:
+    def begin(
+        self,
+        run: str,
+        config: Mapping[str, Any],
+        *,
+        flow_run_id: str | None = None,
+        surroundings: Surroundings | None = None,
+    ) -> None:
         """Note a run's settings and that it is running; to be called by the only process that runs the experiment."""
         (self.folder / "iterations").mkdir(parents=True, exist_ok=True)
         remove_all_stale_attempts(home())
@@ -110,6 +140,8 @@ class Experiment:
             unsettled=unsettled,
         )
         _write(self.folder / "state.json", state.model_dump())
+        begun = RunRecord(run=run, state="running", started_at=state.started_at, surroundings=surroundings)
+        _write(self._run_file(run), begun.model_dump())
 
     def unsettled(self) -> tuple[str, ...]:
         """Flow runs that this host has begun and not ended, when no process runs the experiment: all are dead."""
@@ -124,6 +156,16 @@ class Experiment:
         """Note how the run ended."""
         ended = self.state().model_copy(update={"state": state, "finished_at": now(), "error": error})
         _write(self.folder / "state.json", ended.model_dump())
+        for begun in self.runs():
+            if begun.run == ended.run:
+                record = begun.model_copy(update={"state": state, "finished_at": ended.finished_at})
+                _write(self._run_file(ended.run), record.model_dump())
+
+    def runs(self) -> list[RunRecord]:
+        """The runs in the order they began; those of versions that did not note them are not there."""
+        files = (self.folder / "runs").glob("[!.]*.json")
+        found = [RunRecord.model_validate_json(file.read_text()) for file in files]
+        return sorted(found, key=lambda record: (record.started_at, record.run))
 
     def state(self) -> ExperimentState:
         """How the last run stands; one whose process is gone is interrupted, whatever the file says."""
@@ -175,6 +217,9 @@ class Experiment:
         for record in self.iterations():
             if record.run != run:
                 (self.folder / "iterations" / f"{record.iteration:03}.json").unlink()
+
+    def _run_file(self, run: str) -> Path:
+        return self.folder / "runs" / f"{run}.json"
 
     def _read_steps(self) -> Iterator[StepRecord]:
         file = self.folder / "steps.jsonl"

@@ -254,6 +254,18 @@ class TrainingMetric(Row):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Overlap(Row):
+    """How much of what a policy was trained on stands in the prompts of a held-out split too. Key: split."""
+
+    split: str  # "dev" or "test"
+    training_rows: int
+    sharing_rows: int  # that share a run of words with a held-out prompt
+    held_out_prompts: int
+    shared_prompts: int  # that share one with a training row
+    run_words: int  # of a prompt with fewer, the whole
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Instruction(Row):
     """A demand on a completion that a program can check. Key: instruction_id."""
 

@@ -9,6 +9,7 @@ from storage.rows import BenchmarkMetric, GoldCheck, Metric, PassRate
 from tasks import allotments, suspects
 from tasks.evaluating import Contender, decide_promotion, decide_with_benchmarks, look_for_regression, metrics_of
 from tasks.observing import publish_iteration
+from tasks.overlapping import measure_overlap
 from tasks.planning import current_plan
 from tasks.promotion import Decision, Fall, Gate, Regression
 from tasks.recording import Halted, current_iteration, current_run
@@ -108,6 +109,9 @@ def _record(
     if "scored" in made_from and made_from["scored"].step == "labelled":
         counts = {WITHOUT_GOLD.get(stage, stage): count for stage, count in counts.items()}
     references = {**made_from, "dev": contender.dev, "test": contender.test}
+    steps = experiment.steps(run=experiment.state().run)
+    if overlaps := measure_overlap(contender.policy, steps, contender.dev, contender.test):
+        references["overlaps"] = overlaps
     benchmarks = (
         benchmark_figures(read_rows(made_from["benchmarks"], BenchmarkMetric)) if "benchmarks" in made_from else {}
     )

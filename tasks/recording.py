@@ -20,6 +20,7 @@ from storage.locks import exclusive
 from tasks.observing import ProgressArtifacts, name_flow_run, pause_deployment
 from tasks.planning import current_plan
 from tasks.serving import stop
+from tasks.surroundings import surroundings
 
 log = logging.getLogger("ratchet")
 
@@ -107,7 +108,7 @@ def experiment_run(name: str, config: Mapping[str, Any], *, advance: bool = Fals
         run = Run(experiment, advance=advance, marker=str(config.get("marker") or ""))
         flow = FlowRunContext.get()
         flow_run_id = str(flow.flow_run.id) if flow is not None and flow.flow_run is not None else None
-        experiment.begin(run.id, config, flow_run_id=flow_run_id)
+        experiment.begin(run.id, config, flow_run_id=flow_run_id, surroundings=surroundings())
         token = _RUN.set(run)
         try:
             with contextlib.nullcontext() if flow is None else listening(ProgressArtifacts(name)):

@@ -18,7 +18,7 @@ from storage.rows import ChatPair, Comparison, Conversation
 from tasks.blending import blend
 from tasks.checking import faults
 from tasks.guarding import Guard
-from tasks.reporting import published_rows
+from tasks.tables import published_rows
 from tests.benchmark_documents import write_documents
 from tests.flows.builders import PRESETS, heard, stored
 
