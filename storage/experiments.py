@@ -21,7 +21,8 @@ from storage.names import checked_name
 
 KEPT_FLOW_RUNS = 50
 
-State = Literal["running", "advanced", "finished", "failed", "interrupted"]  # advanced: by one iteration, as asked
+# advanced: by one iteration, as asked; halted: until a person has looked at what `error` says
+State = Literal["running", "advanced", "finished", "halted", "failed", "interrupted"]
 
 
 class StepRecord(BaseModel):
@@ -57,11 +58,18 @@ class IterationRecord(BaseModel):
     policy: dict[str, Any]  # a ModelRef
     promoted: bool
     decision: dict[str, Any] | None  # None: the base needs none
+    regression: dict[str, Any] | None = None  # how it is significantly worse than the incumbent; None: it is not
     metrics: dict[str, dict[str, Any]]  # test split, by strategy: value, low, high, n, k
     dev_metrics: dict[str, dict[str, Any]]
     funnel: dict[str, int]  # rows left after each stage, in order
     drops: dict[str, int]  # rows dropped, by reason
     references: dict[str, dict[str, Any]]  # data sets, by role
+    notices: list[str] = []  # what to know before its figures are believed, a sentence each
+
+    @property
+    def policy_identity(self) -> str:
+        """The policy's content, as one word."""
+        return " ".join(str(self.policy[part]) for part in ("digest", "adapter", "name") if self.policy.get(part))
 
 
 class ExperimentState(BaseModel):
@@ -188,6 +196,21 @@ class Experiment:
         """The iterations in order."""
         files = sorted((self.folder / "iterations").glob("[0-9]*.json"))
         return [IterationRecord.model_validate_json(file.read_text()) for file in files]
+
+    def let_pass(self) -> list[str]:
+        """Have later runs go on past the regressions on record; the labels of those policies."""
+        seen = [record for record in self.iterations() if record.regression is not None]
+        if seen:
+            passed = self.passed() | {record.policy_identity for record in seen}
+            _write(self.folder / "passed.json", {"policies": sorted(passed)})
+        return [record.label for record in seen]
+
+    def passed(self) -> set[str]:
+        """The policies whose regressions a person has seen and let pass."""
+        try:
+            return set(json.loads((self.folder / "passed.json").read_text())["policies"])
+        except FileNotFoundError:
+            return set()
 
     def forget_other_iterations(self, run: str) -> None:
         """Remove the records that a finished run did not write: its settings have no such iteration any more."""

@@ -28,10 +28,17 @@ def summary(iterations: Sequence[IterationRecord]) -> Iterator[str]:
         )
 
 
-def notices(state: ExperimentState, tables: Mapping[str, Sequence[Row]], gaps: Sequence[str]) -> Iterator[str]:
-    """What may be wrong with the figures, the gravest first."""
+def notices(
+    state: ExperimentState,
+    iterations: Sequence[IterationRecord],
+    tables: Mapping[str, Sequence[Row]],
+    gaps: Sequence[str],
+) -> Iterator[str]:
+    """What may be wrong with the figures: of the run, of each iteration as it was recorded, and of the tables."""
     if state.state not in ("finished", "running"):
         yield f"The last run did not come to its end ({state.state}); what is shown is what was done until then."
+    for record in iterations:
+        yield from (f"{record.label}: {sentence}" for sentence in record.notices)
     overlaps = [row for row in tables["overlaps"] if isinstance(row, ReportedOverlap) and row.shared_prompts]
     if overlaps:
         worst = max(overlaps, key=lambda row: row.shared_prompts / row.held_out_prompts)

@@ -88,7 +88,7 @@ def told(experiment: Experiment, report: Report) -> dict[str, Any]:
     return {
         **facts(experiment),
         "summary": list(summary(report.iterations)),
-        "notices": list(notices(report.state, report.tables, report.gaps)),
+        "notices": list(notices(report.state, report.iterations, report.tables, report.gaps)),
         "settings": report.config,
         "tables": {name: [plain(row) for row in rows] for name, rows in report.tables.items()},
     }
@@ -111,7 +111,7 @@ def render(report: Report) -> str:
         iterations=report.iterations,
         tables=report.tables,
         summary=list(summary(report.iterations)),
-        notices=list(notices(report.state, report.tables, report.gaps)),
+        notices=list(notices(report.state, report.iterations, report.tables, report.gaps)),
         strategies=list(dict.fromkeys(one for record in report.iterations for one in record.metrics)),
         charts=_charts(report.tables),
         yields=yields(report.config, [record for record in report.steps if record.run == report.state.run]),
