@@ -135,3 +135,11 @@ def test_the_summary_tells_the_gain_to_the_policy_that_stands() -> None:
 def test_a_gain_that_greedy_decoding_does_not_share_is_called_one_of_format() -> None:
     _, doubt = summary([record(0, 0.4, 0.5), record(1, 0.6, 0.59)])  # +20 points, and +9
     assert doubt.startswith("Greedy accuracy rose less than half as much")
+
+
+def test_what_an_iteration_was_recorded_with_is_told_with_its_name() -> None:
+    stands: Any = {"state": "finished", "run": "run-1", "started_at": "", "pid": 1}
+    noted = record(2, 0.4, 0.5).model_copy(update={"notices": ["9 gold answers look wrong."]})
+    empty: dict[str, list[Row]] = {"overlaps": [], "rollouts": [], "runs": []}
+    told = list(notices(ExperimentState(**stands), [record(1, 0.4, 0.5), noted], empty, []))
+    assert told == ["iteration 2: 9 gold answers look wrong."]
