@@ -121,8 +121,9 @@ def plan_lines(made: Plan) -> Iterator[str]:
     yield "\nEstimate of what is left to do"
     for name, words in FIGURES.items():
         missing = estimate.unknown.get(name)
-        more = f", and {missing} step{'s' if missing > 1 else ''} of which it is not known" if missing else ""
-        yield f"  {words + ':':<20}{_told(name, getattr(estimate, name))}{more}  ({estimate.sources[name]})"
+        known = _told(name, getattr(estimate, name)) if getattr(estimate, name) or not missing else ""
+        more = f"not known of {missing} step{'s' if missing > 1 else ''}" if missing else ""
+        yield f"  {words + ':':<20}{', '.join(filter(None, [known, more]))}  ({estimate.sources[name]})"
     for stage, prompt in made.first_prompts.items():
         size = f" ({prompt.tokens:,} tokens)" if prompt.tokens is not None else ""
         yield f"\nFirst prompt, {stage}{size}{f': {prompt.note}' if prompt.note else ''}"

@@ -85,7 +85,7 @@ class Preset:
             except ValidationError as error:
                 for detail in error.errors():
                     fault: dict[str, Any] = dict(detail)
-                    location = _in_the_file(fault["loc"])
+                    location = self._place(fault)
                     follows = attempt and _is_about(fault["msg"], mended)
                     if location not in mended and not follows:
                         found.append(self._fault(fault, config_class))
@@ -103,8 +103,12 @@ class Preset:
         """The line of a key, or else of the nearest section around it that is written out."""
         return next((self.lines[location[:n]] for n in range(len(location), 0, -1) if location[:n] in self.lines), None)
 
-    def _named_in(self, told: str, section: Location) -> Location:
-        """The first key of a section that a message about the section names; the section itself, if it names none."""
+    def _place(self, fault: dict[str, Any]) -> Location:
+        """Where a fault is: of a rule between the keys of a section, the first of them that the message names."""
+        section = _in_the_file(fault["loc"])
+        if fault["type"] != "value_error":
+            return section
+        told = fault["msg"].removeprefix("Value error, ")
         inside = [place for place in self.lines if place[: len(section)] == section and place != section]
         for word in _KEY.findall(told):
             wanted = _location(word)
@@ -132,8 +136,7 @@ class Preset:
     def _fault(self, fault: dict[str, Any], config_class: type[BaseModel]) -> str:
         location = _in_the_file(fault["loc"])
         key = ".".join(map(str, location)) or "(the whole preset)"
-        told = fault["msg"].removeprefix("Value error, ")
-        line = self._line(self._named_in(told, location) if fault["type"] == "value_error" else location)
+        told, line = fault["msg"].removeprefix("Value error, "), self._line(self._place(fault))
         where = f"line {line}: {key}" if line else key
         if fault["type"] == "extra_forbidden":
             return f"{where}: there is no such key{_suggestion(str(location[-1]), fault['loc'], config_class)}"

@@ -156,13 +156,15 @@ def is_at_hand(source: Source) -> bool:
 
 
 def count_rows(source: Source) -> int:
-    """How many rows `read_source` reads; of made-up ones, how many it is asked for."""
-    made_up = source.arithmetic or source.formats
-    if made_up is None:
-        return sum(1 for _ in read_source(source))
-    bounds = source.rows or RowRange()
-    taken = max(0, min(made_up.problems, bounds.stop or made_up.problems) - bounds.start)
-    return min(taken, source.limit or taken)
+    """How many rows `read_source` reads; of made-up ones and of those that are not at hand, how many are asked for."""
+    made_up, bounds = source.arithmetic or source.formats, source.rows or RowRange()
+    if made_up is not None:
+        taken = max(0, min(made_up.problems, bounds.stop or made_up.problems) - bounds.start)
+        return min(taken, source.limit or taken)
+    asked = [*([bounds.stop - bounds.start] if bounds.stop else []), *([source.limit] if source.limit else [])]
+    if asked and _STAYING_HERE.get() and not is_at_hand(source):
+        return min(asked)
+    return sum(1 for _ in read_source(source))
 
 
 def source_name(source: Source) -> str:

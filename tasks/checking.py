@@ -228,7 +228,7 @@ def _model_faults(name: str, ref: ModelRef, engine: EngineSettings) -> Iterator[
             yield f"{name}: {error}"
     elif ref.name.startswith((".", "/", "~")) or ref.name.count("/") > 1:
         yield f"{name}.name: there is no folder {ref.name!r}; give a folder with model files, or a hub name"
-    elif isinstance(engine, VLLM) and ref.revision is None:
+    elif isinstance(engine, VLLM) and ref.revision is None and ref.digest is None:
         yield (
             f"{name}.revision: is missing; {ref.name!r} may be another model tomorrow, and what is cached of this one "
             "would be taken for its; pin a commit of the hub, or give a folder"

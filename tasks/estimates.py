@@ -32,6 +32,7 @@ class Past(NamedTuple):
     tokens: int  # of these rollouts
     optimizer_steps: int
     seconds: float
+    starts: bool = False  # it was the first of its run to draw, so that the engine's start is in its time
 
 
 class Line(NamedTuple):
@@ -89,11 +90,14 @@ def sampling_seconds(history: Sequence[Past], tokens: float, *, tiny: bool, star
 
     Args:
         tiny: the policy is a tiny model of ours, for which there is an assumption.
-        started: an earlier step of this run has started the engine, as far as the assumption goes.
+        started: an earlier step of this run has started the engine.
     """
-    line = fit([(past.tokens, past.seconds) for past in history if past.drawn])
+    drawn = [past for past in history if past.drawn]
+    warm = [past for past in drawn if not past.starts]
+    line = fit([(past.tokens, past.seconds) for past in warm or drawn])
     if line is not None:
-        return line.at(tokens)
+        extra = [past.seconds - line.at(past.tokens) for past in drawn if past.starts and warm]
+        return line.at(tokens) + (0.0 if started or not extra else max(0.0, sum(extra) / len(extra)))
     if not tiny:
         return None
     return tokens / TINY_TOKENS_A_SECOND + (0.0 if started else TINY_ENGINE_START_SECONDS)

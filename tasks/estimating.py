@@ -1,6 +1,5 @@
 """How long a planned run will take and how much it will write, from what this home remembers of earlier ones."""
 
-from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -8,14 +7,14 @@ from typing import Any, NamedTuple
 from models.specs import Fake, ModelRef, Optimization, PromptTemplate, Sampling, Scripted, TinyModel
 from storage.checkpoints import read_checkpoint_manifest
 from storage.datasets import DatasetError, DatasetRef, read_manifest, read_rows
-from storage.experiments import Experiment, StepRecord, experiments
 from storage.ledger import look_for
 from storage.results import latest_results
 from storage.rows import Prompt
 from tasks import estimates as rules
 from tasks.caching import references_in
-from tasks.estimates import Past
+from tasks.checking import parts
 from tasks.planning import PlannedStep
+from tasks.remembering import History, history_of
 from tasks.sampling import ledger_key
 
 RESULTS = 3  # of each step, the newest ones, whose sizes are looked at
@@ -46,13 +45,6 @@ class Estimate(NamedTuple):
     steps: tuple[StepEstimate, ...]  # as planned
 
 
-class History(NamedTuple):
-    """What earlier runs took."""
-
-    past: tuple[Past, ...]
-    told: str  # whose runs; empty: there are none
-
-
 def estimate(config: Any, planned: Sequence[PlannedStep], prompt_tokens: float) -> Estimate:
     """What the planned steps will take.
 
@@ -61,28 +53,11 @@ def estimate(config: Any, planned: Sequence[PlannedStep], prompt_tokens: float) 
     """
     history = history_of(config)
     estimator = _Estimator(config, history, prompt_tokens)
-    steps = tuple(NOTHING if step.cached else estimator.of(step) for step in _noted(planned, estimator))
+    steps = tuple(estimator.of(step) for step in planned)
     figures = ("tokens_drawn", "tokens_trained", "seconds", "bytes")
     unknown = {name: count for name in figures if (count := sum(getattr(one, name) is None for one in steps))}
     totals = {name: sum(getattr(one, name) or 0.0 for one in steps) for name in figures}
     return Estimate(**totals, unknown=unknown, sources=_sources(history, estimator), steps=steps)
-
-
-def history_of(config: Any) -> History:
-    """What this experiment's earlier runs took, or else those of others with the same base and engine."""
-    wanted = config.model_dump(mode="json")
-    alike = []
-    for other in experiments():
-        known = other.config()
-        if other.name == config.experiment or (known.get("base"), known.get("engine")) == (
-            wanted.get("base"),
-            wanted.get("engine"),
-        ):
-            alike.append(other)
-    own = [one for one in alike if one.name == config.experiment and one.steps()]
-    used: list[Experiment] = own or alike
-    past = tuple(_past(record) for one in used for record in one.steps() if _tells_something(record))
-    return History(past, f"earlier runs of {', '.join(one.name for one in used)}" if past else "")
 
 
 class _Estimator:
@@ -92,18 +67,17 @@ class _Estimator:
         self.config, self.history, self.prompt_tokens = config, history.past, prompt_tokens
         self.tiny = not isinstance(config.base, ModelRef)
         self.reused = 0  # rollouts that are in the ledger already
-        self.assumed: Counter[str] = Counter()
+        self.assumed_size = False  # of some rows or models
         self._rows: dict[str, float] = {}
         self._started = False
         self._bytes: dict[str, float | None] = {}
 
-    def note(self, step: PlannedStep) -> None:
-        """Remember the rows of a step that is cached."""
-        if isinstance(step.made, DatasetRef):
-            self._rows[step.made.digest] = step.made.rows
-
     def of(self, step: PlannedStep) -> StepEstimate:
-        """What one step will take."""
+        """What one step will take; nothing, if it is cached."""
+        if step.cached:
+            if isinstance(step.made, DatasetRef):
+                self._rows[step.made.digest] = step.made.rows
+            return NOTHING
         sampling = next((one for one in step.arguments.values() if isinstance(one, Sampling)), None)
         training = next(_settings(step.arguments, Optimization), None)
         if sampling is not None:
@@ -118,7 +92,6 @@ class _Estimator:
         drawn = max(0.0, rows - self._in_ledger(step.arguments, sampling))
         mean = rules.completion_tokens(self.history, step.split)
         if mean is None:
-            self.assumed["tokens_drawn"] += 1
             mean = sampling.max_completion_tokens * rules.ASSUMED_SHARE
         tokens, engine = drawn * mean, step.arguments.get("engine")
         if isinstance(engine, Fake | Scripted):
@@ -128,7 +101,7 @@ class _Estimator:
         self._started = True
         told = self._bytes_a_row(step.step)
         if told is None:
-            self.assumed["bytes"] += 1
+            self.assumed_size = True
             told = (mean + self.prompt_tokens) * rules.BYTES_A_TOKEN
         return self._made(step, StepEstimate(rows, tokens, 0.0, seconds, told * (rows + drawn)))  # ledger and data set
 
@@ -161,7 +134,7 @@ class _Estimator:
             return self._made(step, StepEstimate(rows, 0.0, 0.0, None, None))
         told = self._bytes_a_row(step.step)
         if told is None:
-            self.assumed["bytes"] += 1
+            self.assumed_size = True
             told = (self.prompt_tokens + self._assumed_completion()) * rules.BYTES_A_TOKEN
         seconds = rules.row_seconds(self.history, step.step, gone_through)
         return self._made(step, StepEstimate(rows, 0.0, 0.0, seconds, told * gone_through))
@@ -187,8 +160,9 @@ class _Estimator:
             known = {row.prompt_id for row in read_rows(prompts, Prompt)}
         except DatasetError:  # they are made first
             return 0
-        found = look_for(ledger_key(policy, template, sampling, arguments["engine"]), known)
-        self.reused += min(found, len(known) * sampling.rollouts_per_prompt)
+        key = ledger_key(policy, template, sampling, arguments["engine"])
+        found = look_for(key, known, sampling.rollouts_per_prompt)
+        self.reused += found
         return found
 
     def _assumed_completion(self) -> float:
@@ -215,19 +189,12 @@ class _Estimator:
                 return float(sum(file.bytes for file in read_checkpoint_manifest(str(digest)).files))
         tiny = next(_settings({"base": self.config.base}, TinyModel), None)
         if tiny is not None:
-            self.assumed["bytes"] += 1
+            self.assumed_size = True
             return rules.tiny_bytes(tiny)
         folder = Path(self.config.base.name)
         return (
             float(sum(file.stat().st_size for file in folder.iterdir() if file.is_file())) if folder.is_dir() else None
         )
-
-
-def _noted(planned: Sequence[PlannedStep], estimator: _Estimator) -> Iterator[PlannedStep]:
-    for step in planned:
-        if step.cached:
-            estimator.note(step)
-        yield step
 
 
 def _size(ref: DatasetRef) -> int:
@@ -243,28 +210,8 @@ def _asks_a_model(step: PlannedStep) -> bool:
 
 def _settings(value: Any, kind: Any) -> Iterator[Any]:
     """The settings of one kind inside of arguments, a config among them."""
-    from tasks.checking import parts
-
     for one in value.values():
         yield from (found for _, found in parts(one, kind))
-
-
-def _tells_something(record: StepRecord) -> bool:
-    return record.state == "completed" and not record.cached and record.shard is None
-
-
-def _past(record: StepRecord) -> Past:
-    counts = record.counts
-    return Past(
-        step=record.step,
-        split=record.split,
-        rows_in=counts.get("sampled"),
-        rows=record.rows,
-        drawn=counts.get("drawn", 0),
-        tokens=counts.get("tokens", 0),
-        optimizer_steps=counts.get("optimizer_steps", 0),
-        seconds=record.seconds,
-    )
 
 
 def _sources(history: History, estimator: _Estimator) -> dict[str, str]:
@@ -285,5 +232,5 @@ def _sources(history: History, estimator: _Estimator) -> dict[str, str]:
         "tokens_drawn": length + ledger,
         "tokens_trained": f"optimizer steps x batch x (first prompt + completion); completions: {length}",
         "seconds": speed,
-        "bytes": f"{rules.BYTES_A_TOKEN:g} bytes a token, assumed" if estimator.assumed["bytes"] else size,
+        "bytes": f"{rules.BYTES_A_TOKEN:g} bytes a token, assumed" if estimator.assumed_size else size,
     }

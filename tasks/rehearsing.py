@@ -4,9 +4,8 @@ A tokenizer is looked for on this machine only: in the base's folder, in the hub
 this experiment has built already. Where there is none, what could not be checked is said.
 """
 
-import os
-from collections.abc import Iterator, Sequence
-from functools import lru_cache
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from string import Template
 from typing import Any, NamedTuple
@@ -14,20 +13,15 @@ from typing import Any, NamedTuple
 from jinja2 import TemplateError
 
 from models.chat import (
-    Tokenizer,
-    end_of_turn,
-    load_tokenizer,
     messages_of,
-    render_completion,
     render_continuation,
     render_prompt,
     render_text,
     template_only,
 )
-from models.engine import EngineConfigurationError, Message
+from models.engine import Message
 from models.fake_engine import is_fake
 from models.specs import VLLM, EngineSettings, ModelRef, OpenAI, PromptTemplate, Sampling, Scripted
-from storage.checkpoints import checkpoint_path
 from storage.hub import NotAtHand, Source, is_at_hand, source_name
 from tasks.asks import Asks, LabelsAsk, PairwiseAsk, ScoresAsk
 from tasks.blending import ChatSource, Mixture, first_prompt
@@ -36,8 +30,7 @@ from tasks.judgements import Judge, as_it_is
 from tasks.licences import doubt_about
 from tasks.loading import prompts_of
 from tasks.planning import PlannedStep
-
-PROBE: list[Message] = [{"role": "user", "content": "What is 40 + 2?"}]
+from tasks.tokenizing import PROBE, examined, label_lengths, tokenizer_of
 
 
 class FirstPrompt(NamedTuple):
@@ -63,7 +56,7 @@ def first_prompts(config: Checkable, built: ModelRef | None = None) -> dict[str,
     ref, template = list(config.templates().values())[_trained(config)]
     for read in config.reads():
         if read.apart and read.answers and read.name in ("dev", "test"):
-            held_out = _first_of(read.name, lambda source=read.source: next(iter(prompts_of(source))).prompt)
+            held_out = _first_of(partial(_first_in, read.source))
             shown[f"evaluation on {read.name}"] = _rendered(ref, built, config.engine, messages_of(template, held_out))
     return shown
 
@@ -83,9 +76,9 @@ def tokenizer_checks(config: Checkable, built: ModelRef | None = None) -> list[s
             missing = "is not built yet" if ref is None else "has no tokenizer on this machine"
             told.append(f"{name} {missing}; EOS, BOS and labels are checked when it is there")
         else:
-            told.append(f"{name}: {_told_of(tokenizer)}")
-            told += [f"{name}: {key}: {_label_lengths(tokenizer, judge)}" for key, judge in parts(config, Judge)]
-    return told
+            told.append(f"{name}: {examined(tokenizer)}")
+            told += [f"{name}: {key}: {label_lengths(tokenizer, judge)}" for key, judge in parts(config, Judge)]
+    return list(dict.fromkeys(told))
 
 
 def licence_notices(config: Checkable) -> list[str]:
@@ -137,7 +130,7 @@ def rehearsal_faults(config: Checkable) -> list[str]:
             lengths = [len(render_continuation(tokenizer, label)) for label in (judge.positive, judge.negative)]
             if lengths != [1, 1]:
                 found.append(
-                    f"{key}.label_tokens: is 'one', but {_label_lengths(tokenizer, judge)}; choose other labels, or "
+                    f"{key}.label_tokens: is 'one', but {label_lengths(tokenizer, judge)}; choose other labels, or "
                     "say 'any'"
                 )
     return list(dict.fromkeys(found))
@@ -148,47 +141,25 @@ def built_base(planned: Sequence[PlannedStep]) -> ModelRef | None:
     return next((step.made for step in planned if step.step == "build_base" and step.cached), None)
 
 
-def tokenizer_of(ref: ModelRef | None, built: ModelRef | None) -> Tokenizer | None:
-    """The tokenizer of a model, None where it is not on this machine; None as the model: the tiny base, if built."""
-    if ref is None:
-        return None if built is None or built.digest is None else _load(str(checkpoint_path(built.digest)), None, False)
-    folder = Path(ref.name) if Path(ref.name).is_dir() else _snapshot(ref)
-    return None if folder is None else _load(str(folder), ref.chat_template, ref.trust_remote_code)
-
-
-@lru_cache(maxsize=8)
-def _load(folder: str, chat_template: str | None, trust_remote_code: bool) -> Tokenizer | None:
-    try:
-        return load_tokenizer(folder, chat_template, trust_remote_code)
-    except EngineConfigurationError:  # tasks.checking tells what is wrong with it
-        return None
-
-
-def _snapshot(ref: ModelRef) -> Path | None:
-    """Where the hub's own library keeps this model's tokenizer, if it has it."""
-    hub = Path(os.environ.get("HF_HOME") or Path.home() / ".cache" / "huggingface") / "hub"
-    model = Path(os.environ.get("HF_HUB_CACHE") or hub) / f"models--{ref.name.replace('/', '--')}"
-    branch = model / "refs" / (ref.revision or "main")
-    commit = branch.read_text().strip() if branch.is_file() else ref.revision or ""
-    folder = model / "snapshots" / commit
-    return folder if commit and (folder / "tokenizer_config.json").is_file() else None
-
-
 def _first_prompt(config: Checkable) -> str:
     mixtures = [mixture for _, mixture in parts(config, Mixture)]
     if isinstance(config, ChecksItself):
-        return _first_of("the first source", config.first_prompt)
+        return _first_of(config.first_prompt)
     if mixtures:
-        return _first_of(source_name(mixtures[0].sources[0].source), lambda: first_prompt(mixtures[0]))
+        return _first_of(lambda: first_prompt(mixtures[0]))
     first = config.reads()[0]
-    return _first_of(first.name, lambda: next(iter(prompts_of(first.source))).prompt)
+    return _first_of(partial(_first_in, first.source))
 
 
-def _first_of(name: str, read: Any) -> str:
+def _first_in(source: Source) -> str:
+    return next(iter(prompts_of(source))).prompt
+
+
+def _first_of(read: Callable[[], str]) -> str:
     try:
-        return str(read())
+        return read()
     except NotAtHand as error:
-        return f"({name}: {error}; its first prompt stands here)"
+        return f"({error}; its first prompt stands here)"
 
 
 def _trained(config: Checkable) -> int:
@@ -250,29 +221,6 @@ def _rendered(
         return FirstPrompt(render_text(template_only(ref.chat_template), messages), None, note)
     note = f"the tokenizer of {ref.name} is not on this machine; its chat template is put around this"
     return FirstPrompt(plain, None, note)
-
-
-def _told_of(tokenizer: Tokenizer) -> str:
-    end, prompt = end_of_turn(tokenizer), render_prompt(tokenizer, PROBE)
-    finished = render_completion(tokenizer, PROBE, "42")
-    trained = "trained as the last token and where sampling stops" if finished[-1:] == [end] else "NOT trained"
-    shown = [f"a turn ends with {tokenizer.convert_ids_to_tokens(end)!r}, {trained}"]
-    if tokenizer.eos_token_id != end:
-        shown.append(f"EOS is {tokenizer.eos_token!r}, where sampling stops too")
-    bos = tokenizer.bos_token_id
-    times = 0 if bos is None else prompt.count(bos)
-    shown.append(f"BOS {tokenizer.bos_token!r} {'once' if times else 'not written'}" if bos is not None else "no BOS")
-    shown.append(f"what comes before a completion is not trained ({len(prompt)} tokens around a probe)")
-    if tokenizer.pad_token_id is not None and tokenizer.pad_token_id == tokenizer.eos_token_id:
-        shown.append("the padding token is EOS; padding is told by the attention mask")
-    return "; ".join(shown)
-
-
-def _label_lengths(tokenizer: Tokenizer, judge: Judge) -> str:
-    lengths = {label: len(render_continuation(tokenizer, label)) for label in (judge.positive, judge.negative)}
-    return "the labels take " + " and ".join(
-        f"{count} token{'s' if count > 1 else ''} ({label!r})" for label, count in lengths.items()
-    )
 
 
 def _room_faults(config: Checkable, taken: int, limit: int) -> Iterator[str]:

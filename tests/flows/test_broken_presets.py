@@ -382,6 +382,18 @@ def test_faults_of_every_kind_are_told_at_once(tmp_path: Path) -> None:
     assert all(line.startswith("  line ") for line in told.splitlines()[1:]), told
 
 
+def test_a_rule_between_keys_does_not_hide_what_else_is_wrong(tmp_path: Path) -> None:
+    preset, text = smoke_with(
+        tmp_path,
+        ("betas: [0.1, 0.2]", "betas: [0.1]"),
+        ("rows: {start: 0, stop: 40}", "rows: {start: 0, stop: 41}"),
+        recipe="spin",
+    )
+    told = faults_told(plan(preset))
+    assert f"line {text.splitlines().index('betas: [0.1]') + 1}: (the whole preset): 1 betas for 2 iterations" in told
+    assert "also stands in dev" in told
+
+
 def test_what_stands_in_for_a_wrong_value_makes_no_faults_of_its_own(tmp_path: Path) -> None:
     # without the wrong max_completion_tokens its default, 384, would be too long for the model
     preset, _ = smoke_with(

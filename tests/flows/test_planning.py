@@ -86,7 +86,8 @@ def test_a_hub_data_set_that_is_not_here_is_told_and_no_network_is_asked(monkeyp
     told = told_of(PRESETS / "rest_em" / "phi2_gsm8k.yaml")
     assert told["to_download"] == ["openai/gsm8k:main:train", "openai/gsm8k:main:test"]
     rows = {step["step"]: step["rows"] for step in told["steps"]}
-    assert (rows["load_prompts"], rows["gather_rollouts"]) == (None, None)  # not known, which is not none
+    assert (rows["load_prompts"], rows["gather_rollouts"]) == (None, None)  # of test: not known, which is not none
+    assert told["steps"][0]["rows"] == 6973  # of train, at most: rows 0 to 6972 are asked for
     assert told["estimate"]["unknown"]["seconds"] > 0
     assert "its first prompt stands here" in told["first_prompts"]["base"]["text"]
     assert any("microsoft/phi-2" in line for line in told["licences"])

@@ -305,7 +305,7 @@ def test_a_run_that_is_stopped_while_it_samples_goes_on_where_it_was(
     assert process.stderr is not None
     try:
         for line in process.stderr:
-            if line.startswith("it0 dev  score_answers"):  # dev is drawn, 160 rows; 4 s of rollouts on test come next
+            if "it0 dev  score_answers" in line:  # dev is drawn, 160 rows; 4 s of rollouts on test come next
                 break
         process.send_signal(number)
         _, err = process.communicate(timeout=10)

@@ -39,6 +39,7 @@ def test_a_few_shot_experiment_needs_completions(tmp_path: Path) -> None:
     [
         ("microsoft/phi-2", "base.revision: is missing; 'microsoft/phi-2' may be another model tomorrow"),
         ("{name: gpt2, revision: 607a30d}", None),
+        ("{name: tiny, digest: ab12}", None),
         ("./models/phi", "there is no folder './models/phi'"),
         ("/models/phi", "there is no folder '/models/phi'"),
         ("a/b/c", "there is no folder 'a/b/c'"),

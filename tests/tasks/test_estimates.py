@@ -79,6 +79,16 @@ def test_sampling_takes_as_long_as_it_took() -> None:
     assert sampling_seconds(history, 8000, tiny=False, started=True) == pytest.approx(10.0)
 
 
+def test_the_start_of_an_engine_is_added_once() -> None:
+    first = drawn(300, 3000, 12.0)._replace(starts=True)  # 7 s more than the 5 s that as many tokens take later
+    history = [first, drawn(100, 1000, 3.0), drawn(300, 3000, 5.0)]
+    assert sampling_seconds(history, 8000, tiny=False, started=False) == pytest.approx(17.0)
+    assert sampling_seconds(history, 8000, tiny=False, started=True) == pytest.approx(10.0)
+    assert sampling_seconds([first], 6000, tiny=False, started=False) == pytest.approx(
+        24.0
+    )  # 4 ms a token, start and all
+
+
 def test_without_history_only_the_tiny_model_has_an_assumption() -> None:
     assert sampling_seconds([], 9000, tiny=True, started=False) == 16.0  # 15 s to start and 9,000 tokens a second
     assert sampling_seconds([], 9000, tiny=True, started=True) == 1.0
