@@ -14,7 +14,7 @@ ifneq ($(wildcard ../shared/data),)
 export RATCHET_DATA ?= $(abspath ../shared/data)
 endif
 
-.PHONY: demo test test-slow check format bench ui clean install lock
+.PHONY: demo test test-slow check format docs bench peers ui clean install lock
 
 demo: $(READY)
 	$(BIN)/ratchet run deployments/presets/rest_em/tiny.yaml
@@ -35,6 +35,13 @@ check: $(READY)
 format: $(READY)
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
+
+docs: $(READY)
+	$(BIN)/python -m docs.generate
+
+# What benchmarks compare with goes beside the environment, not into it: the tests never see it.
+peers: $(READY)
+	$(PIP) --no-deps --upgrade --target .peers -r benchmarks/peers.txt
 
 bench: $(READY)
 	for script in benchmarks/bench_*.py; do $(BIN)/python "$$script" || exit 1; done

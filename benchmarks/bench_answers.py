@@ -1,14 +1,14 @@
-"""Final answers found and matched per second on one core, against Math-Verify where it is installed.
+"""Final answers found and matched per second on one core, against Math-Verify where `make peers` has put it.
 
     python benchmarks/bench_answers.py [--rows 7473]
 
 On the solutions of GSM8K's training split if RATCHET_DATA, or shared/data beside the checkout, has it; else on made-up
-word problems. Each solution is matched with its own gold answer and with the next row's.
+word problems. Each solution is matched with its own gold answer and with the next row's, so each text comes twice; in a
+run it comes as often as rollouts of a prompt agree.
 """
 
 import argparse
 import importlib
-import importlib.util
 import os
 import time
 from collections.abc import Callable
@@ -16,11 +16,11 @@ from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
 
-from tables import REPOSITORY, show
+from tables import REPOSITORY, peer, show
 
 from storage.arithmetic import Arithmetic
 from storage.hub import Columns, Source, read_source
-from tasks.answers import answers_match, extract_answer
+from tasks.answers import answers_match, extract_answer, parse_answer
 
 MARKER = "FINAL ANSWER:"
 FORMS = (
@@ -56,13 +56,16 @@ def main() -> None:
     ]
     notes = [f"{len(cases):,} pairs of a solution and an answer, half of them right, from {source}"]
     notes.append(f"ours: {speed:,.0f} rows a second on one core; {right / len(cases):.1%} judged right")
-    if importlib.util.find_spec("math_verify") is not None:
-        few = cases[:1_000]
-        theirs, right_by_theirs = _measure(_math_verify(), few)
+    if peer("math_verify"):
+        half = len(cases) // 2
+        few = cases[:1_000] + cases[half : half + 1_000]
+        theirs, _ = _measure(_math_verify(), few)
         rows.append(("ours / Math-Verify, rows per second", f"{speed / theirs:.0f}"))
-        rows.append(("judged right by Math-Verify / by ours", f"{right_by_theirs / _measure(_ours, few)[1]:.3f}"))
+        agreed, classes = _compared(_math_verify(), few)
+        rows.append(("same verdict where both read the answer", f"{agreed:.2%}"))
+        notes += [f"disagreement: {what}: {count}, for instance {one!r}" for what, (count, one) in classes.items()]
     else:
-        notes.append("Math-Verify is not installed (it is not in the lock); `pip install math-verify` adds its rows")
+        notes.append("Math-Verify is not installed: `make peers` adds its rows")
     show("Answers extracted and matched", rows, *notes)
 
 
@@ -72,6 +75,7 @@ def _measure(match: Matcher, cases: list[Case]) -> tuple[float, int]:
     speeds, right = [], 0
     for turn in range(3):
         fresh = [Case(f"{solution} ", f"{gold}{' ' * turn}") for solution, gold in cases]  # no cache has seen it
+        parse_answer.cache_clear()
         started = time.perf_counter()
         right = sum(match(*case) for case in fresh)
         speeds.append(len(cases) / (time.perf_counter() - started))
@@ -94,6 +98,24 @@ def _math_verify() -> Matcher:
         return bool(library.verify(library.parse(gold), library.parse(solution)))
 
     return match
+
+
+def _compared(theirs: Matcher, cases: list[Case]) -> tuple[float, dict[str, tuple[int, Case]]]:
+    """The share of equal verdicts where ours could read the answer, and the others by how they differ."""
+    read, classes = 0, dict[str, tuple[int, Case]]()
+    for case in cases:
+        found = extract_answer(case.solution, MARKER)
+        verdict, other = _ours(*case), theirs(*case)
+        if found is None or parse_answer(found) is None:
+            kind = "ours cannot read it"
+        else:
+            read += 1
+            kind = "" if verdict == other else f"ours says {'right' if verdict else 'wrong'}"
+        if kind:
+            count, first = classes.get(kind, (0, Case((found or case.solution)[-60:], case.gold)))
+            classes[kind] = (count + 1, first)
+    differing = sum(count for kind, (count, _) in classes.items() if kind.startswith("ours says"))
+    return 1 - differing / read, classes
 
 
 def _cases(count: int) -> tuple[str, list[Case]]:

@@ -1,5 +1,6 @@
 """What all benchmarks share: a table on the terminal, and the command run on the smoke preset."""
 
+import importlib.util
 import subprocess
 import sys
 import time
@@ -30,3 +31,11 @@ def run_smoke(home: Path, *options: str) -> float:
 def seconds(spent: float) -> str:
     """A time to read."""
     return f"{spent:.2f} s" if spent >= 0.1 else f"{1e3 * spent:.2f} ms"
+
+
+def peer(name: str) -> bool:
+    """Whether something to compare with can be imported: `make peers` puts them into .peers, outside the lock."""
+    folder = str(REPOSITORY / ".peers")
+    if folder not in sys.path:
+        sys.path.append(folder)  # after ours, so that what both need is ours
+    return importlib.util.find_spec(name) is not None

@@ -1,6 +1,7 @@
 """The `ratchet` command: reads a preset, checks it, runs the recipe's flow and prints what came out.
 
-Exit codes: 0 done, 1 the run failed, 2 the configuration is wrong (and nothing was written), 130 stopped by Ctrl-C.
+Exit codes: 0 done, 1 the run failed, 2 the configuration is wrong (and nothing was written), 3 the run halted until a
+person has looked (a regression, suspect gold answers), 130 stopped by Ctrl-C.
 """
 
 import contextlib
@@ -17,22 +18,41 @@ from typing import Annotated
 
 import typer
 
-from flows import exporting, inspecting, measuring
-from flows.console import HomeOption, JsonOption, err, fail, name_home, out, print_json, use_home
+from flows import exporting, inspecting, measuring, planning
+from flows.console import (
+    HomeOption,
+    JsonOption,
+    PresetArgument,
+    SetOption,
+    err,
+    fail,
+    name_home,
+    out,
+    print_json,
+    use_home,
+)
+from flows.planning import checked_recipe
 from flows.presets import PresetError
 from flows.recipes import Recipe
-from flows.server import ServerError, announced, importing_prefect, private_server, private_worker, served_address
-from flows.terminal import Lines, iteration_tables, plan_table, published_table, yield_table
+from flows.server import (
+    ServerError,
+    announced,
+    importing_prefect,
+    point_prefect_at,
+    private_server,
+    private_worker,
+    served_address,
+)
+from flows.terminal import iteration_tables, published_table, yield_table
+from flows.watching import Lines
 from storage.experiments import Experiment
 from storage.leases import LeaseLostError
 from storage.stores import StoreError
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__)
 
-PresetArgument = Annotated[Path, typer.Argument(help="a preset, for instance deployments/presets/rest_em/tiny.yaml")]
 POOL = "ratchet"
 PoolOption = Annotated[str, typer.Option(help="the work pool")]
-SetOption = Annotated[list[str] | None, typer.Option("--set", help="a.b=c, over the preset; may be given again")]
 
 
 @app.command()
@@ -41,7 +61,7 @@ def run(
     set_: SetOption = None,
     home_: HomeOption = None,
     no_prefect_server: Annotated[
-        bool, typer.Option(help="run without Prefect: nothing to watch, same results")
+        bool, typer.Option("--no-prefect-server", help="run without Prefect: nothing to watch, same results")
     ] = False,
     allow_unsandboxed: Annotated[
         bool, typer.Option("--allow-unsandboxed", help="let generated verifiers run where no sandbox can be had")
@@ -49,6 +69,7 @@ def run(
     advance: Annotated[
         bool, typer.Option("--advance", help="end after the first iteration that has something to do")
     ] = False,
+    let_pass: Annotated[bool, typer.Option("--go-on", help="let the regressions on record pass, for good")] = False,
 ) -> None:
     """Run an experiment, or continue it: what is done already is reused."""
     use_home(home_)
@@ -56,16 +77,19 @@ def run(
         from tasks.sandbox import isolation
 
         isolation(allow_unsandboxed=True)  # of this process, whatever the preset says; rows tell what they ran in
-    recipe = _checked(preset, set_)
-    from tasks.recording import listening
+    recipe = checked_recipe(preset, set_)
+    from tasks.recording import Halted, listening
     from tasks.serving import close_engines, stop, stopping
 
     stopping.clear()
-    again = _command(preset, set_, home_)
-    again += " --allow-unsandboxed" if allow_unsandboxed else ""
+    flags = [*(["--allow-unsandboxed"] if allow_unsandboxed else []), *(["--advance"] if advance else [])]
+    again = _command(preset, set_, home_, flags)
     plain = f"{again} --no-prefect-server"
     go_on = plain if no_prefect_server else again
     experiment = Experiment(recipe.config.experiment)
+    if let_pass:
+        passed = ", ".join(experiment.let_pass()) or "nothing: there is no regression on record"
+        err.print(f"Let pass: {passed}", markup=False)
     with _interrupted_by_signals(stop), Lines(err) as lines, listening(lines):
         try:
             _run_flow(recipe, plainly=no_prefect_server, advance=advance)
@@ -75,6 +99,8 @@ def run(
             raise typer.Exit(130) from None
         except ServerError as error:
             fail(f"{error}\nGo on without it: {plain}", 1)
+        except Halted as halted:
+            fail(f"The run halted: {halted}", 3)
         except Exception as error:  # the one place that turns a failed run into a message and an exit code
             logging.getLogger("ratchet").debug("the run failed", exc_info=True)
             fail(f"The run failed: {error}\nWhat is done is kept; go on with:\n  {go_on}", 1)
@@ -94,27 +120,6 @@ def run(
     out.print(f"Report: {experiment.folder / 'report.html'}", soft_wrap=True)
 
 
-@app.command()
-def plan(preset: PresetArgument, set_: SetOption = None, home_: HomeOption = None, json_: JsonOption = False) -> None:
-    """Check everything, show what would run and what is cached; no model is loaded and nothing is written."""
-    use_home(home_)
-    recipe = _checked(preset, set_)
-    from tasks.checking import first_prompts
-    from tasks.planning import planning
-
-    with planning() as planned:
-        recipe.flow.fn(recipe.config)
-    prompts = first_prompts(recipe.config)
-    if json_:
-        steps = [step._asdict() for step in planned]
-        print_json({"config": recipe.config.model_dump(mode="json"), "steps": steps, "first_prompts": prompts})
-        return
-    out.print(plan_table(planned))
-    for label, text in prompts.items():
-        out.print(f"\n[bold]First prompt, {label}[/bold]")
-        out.print(text, markup=False)
-
-
 for inspect in (
     inspecting.status,
     inspecting.show,
@@ -124,6 +129,7 @@ for inspect in (
     inspecting.gc,
 ):
     app.command()(inspect)
+app.command()(planning.plan)
 app.command()(exporting.export)
 app.command()(measuring.evaluate)
 app.command()(measuring.view_logprobs)
@@ -247,30 +253,15 @@ def _run_flow(recipe: Recipe, *, plainly: bool, advance: bool) -> None:
 
 def _given_server() -> str | None:
     """The API of a server that is up already: the user's, or the one of `ratchet ui` over this home."""
-    from flows.server import point_prefect_at
-
     if "PREFECT_API_URL" not in os.environ and (address := served_address()):
         point_prefect_at(f"{address}/api")
     return os.environ.get("PREFECT_API_URL")
 
 
-def _checked(path: Path, overrides: list[str] | None) -> Recipe:
-    try:
-        recipe = Recipe(path, overrides)
-        from tasks.checking import faults
-
-        found = faults(recipe.config)
-    except PresetError as error:
-        fail(str(error), 2)
-    if found:
-        fail(f"{path} cannot be run:\n" + "\n".join(f"  {fault}" for fault in found), 2)
-    return recipe
-
-
-def _command(preset: Path, overrides: list[str] | None, folder: str | None) -> str:
+def _command(preset: Path, overrides: list[str] | None, folder: str | None, flags: list[str]) -> str:
     """The command line that continues this run."""
     options = [part for override in overrides or () for part in ("--set", override)]
-    return shlex.join(["ratchet", "run", str(preset), *options, *(["--home", folder] if folder else [])])
+    return shlex.join(["ratchet", "run", str(preset), *options, *(["--home", folder] if folder else []), *flags])
 
 
 @contextlib.contextmanager

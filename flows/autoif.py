@@ -16,7 +16,7 @@ from pydantic import Field, model_validator
 from flows.bases import Base, TinyBase, corpus_of, given, open_base
 from models.specs import EngineSettings, ModelRef, Preference, PromptTemplate, Sampling, Settings
 from storage.datasets import DatasetRef
-from storage.hub import Source
+from storage.hub import NotAtHand, Source
 from tasks.benchmarking import evaluate_benchmarks
 from tasks.benchmarks import Benchmarks
 from tasks.checking import Read
@@ -61,8 +61,9 @@ from tasks.supervising import (
 from tasks.supervision import Relevance, Translating
 from tasks.training import train_preferences
 from tasks.verifiers import WritingCases, WritingVerifiers
-from tasks.verifying import Completions, check_verifiers, score_by_votes, show_verifiers, verify_rollouts
+from tasks.verifying import Completions, check_verifiers, show_verifiers, verify_rollouts
 from tasks.votes import Completing, Voting
+from tasks.voting import score_by_votes
 
 SUPERVISED = ("supervisor", "proposing", "verifiers", "cases", "back_translation", "judge")  # asked of the supervisor
 
@@ -168,12 +169,16 @@ class AutoIF(Settings):
             try:
                 if next(queries_of(getattr(self, name), self.length, self.between, Counter()), None) is None:
                     found.append(f"{name}: the source has no query to use; see length, between and {name}.columns")
+            except NotAtHand:  # a plan says so
+                continue
             except (ValueError, OSError) as error:
                 found.append(f"{name}: {error}")
         if self.evaluation_prompts is not None:
             try:
                 for _ in prompts_of(self.evaluation_prompts):
                     pass
+            except NotAtHand:
+                pass
             except (ValueError, OSError) as error:
                 found.append(f"evaluation_prompts: {error}")
         try:

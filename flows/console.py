@@ -3,6 +3,7 @@
 import json
 import os
 import sys
+from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
 import typer
@@ -15,6 +16,8 @@ err = Console(stderr=True, highlight=False, emoji=False, width=WIDTH, soft_wrap=
 HomeOption = Annotated[
     str | None, typer.Option("--home", help="folder or URL where everything is kept; else RATCHET_HOME")
 ]
+PresetArgument = Annotated[Path, typer.Argument(help="a preset, for instance deployments/presets/rest_em/tiny.yaml")]
+SetOption = Annotated[list[str] | None, typer.Option("--set", help="a.b=c, over the preset; may be given again")]
 JsonOption = Annotated[bool, typer.Option("--json", help="for programs")]
 
 

@@ -50,13 +50,14 @@ def comments_of(settings: type[BaseModel]) -> dict[str, str]:
     told: dict[str, str] = {}
     for base in reversed(settings.__mro__):
         if issubclass(base, BaseModel) and base.__module__ != BaseModel.__module__:
-            told |= _comments_in(base)
+            told |= comments_behind_fields(base)
     return {name: comment for name, comment in told.items() if name in settings.model_fields}
 
 
-def _comments_in(settings: type[BaseModel]) -> dict[str, str]:
+def comments_behind_fields(declaring: type) -> dict[str, str]:
+    """What the comments behind the fields of a class say, without those of the classes it extends."""
     try:
-        source = textwrap.dedent(inspect.getsource(settings))
+        source = textwrap.dedent(inspect.getsource(declaring))
     except OSError:  # installed without its source
         return {}
     tokens = tokenize.generate_tokens(io.StringIO(source).readline)

@@ -9,19 +9,20 @@ and not the test split decides which policy stands. All data sets 2 to 4 are mad
 """
 
 from string import Template
-from typing import Annotated, Literal
+from typing import Annotated, Literal, NamedTuple
 
 from prefect import flow
 from pydantic import Discriminator, Field, Tag, model_validator
 
 from flows.bases import TinyJudgingBase, kind_of_base
-from models.specs import SFT, EngineSettings, ModelRef, Preference, PromptTemplate, Sampling, Settings
+from models.specs import SFT, AnswerSampling, EngineSettings, ModelRef, Preference, PromptTemplate, Settings
 from storage.datasets import DatasetRef
 from storage.hub import Source
+from tasks.allotting import rate_prompts, sample_until_enough
 from tasks.calibrating import check_judge
 from tasks.calibrations import JudgeGate
 from tasks.checking import Read, reads_of_splits
-from tasks.evaluating import Evaluation, HeldOut
+from tasks.evaluating import Evaluation, load_held_out
 from tasks.examining import Examination, FilterAbove, examine
 from tasks.judgements import Asking, Judge, as_it_is
 from tasks.judging import check_labels, judge_rollouts
@@ -41,6 +42,8 @@ from tasks.sampling import sample_rollouts, shard_threads
 from tasks.scoring import score_answers
 from tasks.selecting import select_demonstrations
 from tasks.selection import Selection
+from tasks.suspecting import question_gold
+from tasks.suspects import Suspicion
 from tasks.training import build_base, train_preferences, train_sft
 
 Base = Annotated[
@@ -83,7 +86,8 @@ class GeneratorEvaluator(Settings):
     dev: Source  # the gates decide on these
     test: Source  # reported only
     prompts_per_stage: int | None = Field(default=None, ge=1)  # None: all, for data set 1 and for the others
-    sampling: Sampling
+    sampling: AnswerSampling  # data sets 1 and 2; the label-free stages have no answers to adapt to
+    suspicion: Suspicion = Suspicion()  # of gold answers that confident majorities contradict
     selection: Selection = Selection()
     target_rows: tuple[int, int] | None = None  # solutions of data set 1, and of each other; None: all that are kept
     judge: Judge = Judge()
@@ -151,6 +155,14 @@ class GeneratorEvaluator(Settings):
         return self.selection.model_copy(update={"target_rows": self.target_rows[min(stage, 2) - 1]})
 
 
+class Rated(NamedTuple):
+    """Scored rollouts, and what is recorded beside them."""
+
+    scored: DatasetRef
+    pass_rates: DatasetRef
+    gold_checks: DatasetRef
+
+
 @flow(name="generator-evaluator", flow_run_name="{config.experiment}", task_runner=shard_threads())
 def generator_evaluator(config: GeneratorEvaluator, *, advance: bool = False) -> ModelRef:
     """Train one model to write and to judge, then to learn from its own judgement. Returns the policy that stands.
@@ -162,7 +174,7 @@ def generator_evaluator(config: GeneratorEvaluator, *, advance: bool = False) ->
     with experiment_run(config.experiment, config.model_dump(mode="json"), advance=advance) as experiment:
         few_shot, examples = first_template(config.template, config.few_shot, config.train, config.marker)
         train = load_prompts(config.train, without=examples)
-        held_out = HeldOut(load_prompts(config.dev, without=()), load_prompts(config.test, without=()))
+        held_out = load_held_out(config.dev, config.test)
         how = config.examination
         with iteration(0):
             base = open_base(config)
@@ -173,19 +185,19 @@ def generator_evaluator(config: GeneratorEvaluator, *, advance: bool = False) ->
 
         with iteration(1):
             drawn = draw_prompts(train, config.prompts_per_stage or train.rows, 1, config.seed)
-            scored = rate(config, base, few_shot, drawn, 1)
-            first = train_both(config, base, scored, 1)  # data set 1 -> M1
+            rated = rate(config, base, few_shot, drawn, 1)
+            first = train_both(config, base, rated.scored, 1)  # data set 1 -> M1
             one = examine(first, config.template, held_out, how, other=start.dev)
             standing = promote(
-                experiment, "SFT Dataset 1", one.contender, standing, config.gate, scored=scored, **one.judged
+                experiment, "SFT Dataset 1", one.contender, standing, config.gate, **rated._asdict(), **one.judged
             )
         with iteration(2):
             drawn = draw_prompts(train, config.prompts_per_stage or train.rows, 2, config.seed)
-            scored = rate(config, first, config.template, drawn, 2)
-            second = train_both(config, base, scored, 2)  # data set 2 -> M2
+            rated = rate(config, first, config.template, drawn, 2, rated.pass_rates)
+            second = train_both(config, base, rated.scored, 2)  # data set 2 -> M2
             two = examine(second, config.template, held_out, how, other=start.dev)
             standing = promote(
-                experiment, "SFT Dataset 2", two.contender, standing, config.gate, scored=scored, **two.judged
+                experiment, "SFT Dataset 2", two.contender, standing, config.gate, **rated._asdict(), **two.judged
             )
         if config.label_free is not None:
             publish_report(experiment)  # should the judge be refused, what there is can be read
@@ -221,11 +233,19 @@ def open_base(config: GeneratorEvaluator) -> ModelRef:
 
 
 def rate(
-    config: GeneratorEvaluator, policy: ModelRef, template: PromptTemplate, prompts: DatasetRef, stage: int
-) -> DatasetRef:
-    """Rollouts of a policy, scored by gold answers."""
-    rollouts = sample_rollouts(policy, prompts, template, config.sampling.for_iteration(stage), config.engine)
-    return score_answers(rollouts, prompts, config.marker)
+    config: GeneratorEvaluator,
+    policy: ModelRef,
+    template: PromptTemplate,
+    prompts: DatasetRef,
+    stage: int,
+    known: DatasetRef | None = None,
+) -> Rated:
+    """Rollouts of a policy, scored by gold answers, and what they say of prompts and gold answers."""
+    sampling = config.sampling.for_iteration(stage)
+    rollouts = sample_until_enough(policy, prompts, template, sampling, config.engine, config.marker, known)
+    scored = score_answers(rollouts, prompts, config.marker)
+    rates = rate_prompts(scored, known, sampling.first, stage)
+    return Rated(scored, rates, question_gold(scored, prompts, config.suspicion))
 
 
 def label_without_gold(
@@ -233,7 +253,7 @@ def label_without_gold(
 ) -> tuple[DatasetRef, DatasetRef]:
     """Rollouts judged by their own writer, and what is taken for right and wrong; no gold answer is in reach."""
     hidden = hide_answers(prompts)
-    sampling = config.sampling.for_iteration(2)  # the rollouts of data set 2, from the ledger
+    sampling = config.sampling.plain.for_iteration(2)  # the rollouts of data set 2, from the ledger
     rollouts = sample_rollouts(policy, hidden, config.template, sampling, config.engine)
     judged = judge_rollouts(policy, rollouts, config.asking, config.engine)
     return judged, label_by_confidence(judged, labelling)

@@ -17,15 +17,14 @@ from models.specs import SFT, EngineSettings, ModelRef, Preference, PromptTempla
 from storage.datasets import DatasetRef
 from storage.hub import Source
 from tasks.anchoring import choose_anchor, draw_pair_prompts, pair_with_own
-from tasks.benchmarking import evaluate_benchmark
+from tasks.benchmarking import answer_benchmarks
 from tasks.benchmarks import Benchmarks
 from tasks.blending import Mixture, PairMixture, blend
 from tasks.checking import Read
 from tasks.comparing import compare_pairs
-from tasks.evaluating import Contender, Evaluation, HeldOut, assess
+from tasks.evaluating import Contender, Evaluation, HeldOut, assess, load_held_out
 from tasks.guarding import Guarded, guard_against
 from tasks.headlining import Gsm8kReading, evaluate_headlines
-from tasks.loading import load_prompts
 from tasks.metrics import parse_strategy
 from tasks.promoting import begin, promote
 from tasks.promotion import Gate
@@ -135,18 +134,18 @@ def instruct_tuning(config: InstructTuning, *, advance: bool = False) -> ModelRe
         advance: End after the first stage that has something to do, as a schedule wants it.
     """
     with experiment_run(config.experiment, config.model_dump(mode="json"), advance=advance) as experiment:
-        held_out = load_held_out(config)
+        held_out = load_held_out(config.dev, config.test) if config.dev and config.test else None
         guard = guard_against(config.kept_apart_from, held_out or ())
         with iteration(0):
             base = measure(config, open_base(config.base, config.template, config.marker), held_out)
             begin(experiment, base)
         with iteration(1):
-            conversations = blend(config.conversations, guard, base.policy)
+            conversations = blend(config.conversations, guard, base.policy, config.system)
             sft = measure(config, train_sft(base.policy, (conversations,), config.template, config.sft), held_out, base)
             standing = promote(experiment, "SFT", sft, base, config.gate, conversations=conversations)
         if config.preference is not None:
             with iteration(2):
-                pairs = blend(config.preference.pairs, guard, sft.policy)
+                pairs = blend(config.preference.pairs, guard, sft.policy, config.system)
                 training, made_from = choose_loss(config, config.preference, sft.policy, pairs)
                 policy = train_preferences(sft.policy, (pairs,), config.template, training)  # reference: SFT
                 challenger, label = measure(config, policy, held_out, base), f"SFT + {kind_of(training)}"
@@ -178,13 +177,6 @@ def kind_of(training: Preference) -> str:
     return "APO" if any(loss.startswith("apo_") for loss in training.loss_type) else "DPO"
 
 
-def load_held_out(config: InstructTuning) -> HeldOut | None:
-    """The prompts no policy is trained on; None: there are benchmarks only."""
-    if config.dev is None or config.test is None:
-        return None
-    return HeldOut(load_prompts(config.dev, without=()), load_prompts(config.test, without=()))
-
-
 def measure(
     config: InstructTuning, policy: ModelRef, held_out: HeldOut | None, base: Contender | None = None
 ) -> Contender:
@@ -198,9 +190,7 @@ def measure(
         assert contender is not None  # _fits_together
         return contender
     with split("test"):
-        answered = tuple(
-            evaluate_benchmark(policy, config.template, one, config.engine) for one in config.benchmarks.tasks
-        )
+        answered = answer_benchmarks(policy, config.template, config.benchmarks, config.engine)
         told, floor = evaluate_headlines(answered, None, config.gsm8k), None if base is None else base.benchmarks
         if contender is None:
             return Contender(policy, config.template, told, told, told, floor)

@@ -12,7 +12,7 @@ from rich.table import Table
 from flows.console import HomeOption, JsonOption, err, fail, out, print_json, use_home
 from flows.presets import Preset, PresetError
 from flows.server import importing_prefect
-from flows.terminal import Lines
+from flows.watching import Lines
 from models.engine import EngineError
 from models.specs import EngineSettings, ModelRef, PromptTemplate, Settings
 from storage.datasets import DatasetError, read_manifest, read_rows

@@ -13,16 +13,17 @@ from pydantic import Field, model_validator
 from flows.bases import Base, corpus_of, given, open_base
 from models.specs import (
     SFT,
+    AnswerSampling,
     EngineSettings,
     ModelRef,
     Preference,
     PromptTemplate,
-    Sampling,
     Settings,
 )
 from storage.hub import Source
+from tasks.allotting import rate_prompts, sample_until_enough
 from tasks.checking import Read, reads_of_splits
-from tasks.evaluating import Evaluation, HeldOut, assess
+from tasks.evaluating import Evaluation, assess, load_held_out
 from tasks.loading import draw_prompts, load_prompts
 from tasks.metrics import parse_strategy
 from tasks.pairing import pair_rollouts
@@ -33,17 +34,19 @@ from tasks.prompting import first_template
 from tasks.prompts import FewShot
 from tasks.recording import each_iteration, experiment_run, iteration
 from tasks.reporting import publish_report
-from tasks.sampling import sample_rollouts, shard_threads
+from tasks.sampling import shard_threads
 from tasks.scoring import score_answers
 from tasks.selecting import select_demonstrations
 from tasks.selection import Selection
+from tasks.suspecting import question_gold
+from tasks.suspects import Suspicion
 from tasks.training import train_preferences, train_sft
 
 
 class FinalDPO(Settings):
     """The last stage: pairs from fresh rollouts of all training prompts."""
 
-    sampling: Sampling
+    sampling: AnswerSampling
     pairing: Pairing = Pairing()
     preference: Preference
 
@@ -63,7 +66,8 @@ class RestEM(Settings):
     test: Source  # reported only
     iterations: int = Field(ge=1)
     prompts_per_iteration: int | None = Field(default=None, ge=1)  # None: all, every time
-    sampling: Sampling
+    sampling: AnswerSampling
+    suspicion: Suspicion = Suspicion()  # of gold answers that confident majorities contradict
     selection: Selection = Selection()
     target_rows: tuple[int, ...] | None = None  # demonstrations wanted, an iteration each; None: all that are kept
     demonstrations: Literal["latest", "all"] = "latest"  # the M-step trains on those of this iteration, or of all
@@ -111,34 +115,44 @@ def rest_em(config: RestEM, *, advance: bool = False) -> ModelRef:
     with experiment_run(config.experiment, config.model_dump(mode="json"), advance=advance) as experiment:
         few_shot, examples = first_template(config.template, config.few_shot, config.train, config.marker)
         train = load_prompts(config.train, without=examples)
-        held_out = HeldOut(load_prompts(config.dev, without=()), load_prompts(config.test, without=()))
+        held_out = load_held_out(config.dev, config.test)
         with iteration(0):
             base = open_base(config.base, config.template, config.marker)
             incumbent = assess(base, few_shot, held_out, config.evaluation, config.gate, config.engine, config.marker)
             begin(experiment, incumbent)
-        kept = []
+        kept, rates = [], None
         for number in each_iteration(range(1, config.iterations + 1)):
             drawn = draw_prompts(train, config.prompts_per_iteration or train.rows, number, config.seed)
             sampling = config.sampling.for_iteration(number)
-            rollouts = sample_rollouts(incumbent.policy, drawn, incumbent.template, sampling, config.engine)  # E-step
+            rollouts = sample_until_enough(
+                incumbent.policy, drawn, incumbent.template, sampling, config.engine, config.marker, rates
+            )  # E-step
             scored = score_answers(rollouts, drawn, config.marker)  # r(x, y)
+            rates = rate_prompts(scored, rates, sampling.first, number)
+            checks = question_gold(scored, drawn, config.suspicion)
             kept.append(select_demonstrations(scored, config.selection_of(number), number, config.marker))  # D_i
             chosen = tuple(kept) if config.demonstrations == "all" else (kept[-1],)
             policy = train_sft(base, chosen, config.template, config.sft)  # M-step, from the base
             challenger = assess(
                 policy, config.template, held_out, config.evaluation, config.gate, config.engine, config.marker
             )
-            incumbent = promote(experiment, f"iteration {number}", challenger, incumbent, config.gate, scored=scored)
+            made_from = {"scored": scored, "pass_rates": rates, "gold_checks": checks}
+            incumbent = promote(experiment, f"iteration {number}", challenger, incumbent, config.gate, **made_from)
         if config.dpo is not None:
             with iteration(config.iterations + 1):
                 sampling = config.dpo.sampling.for_iteration(config.iterations + 1)
-                rollouts = sample_rollouts(incumbent.policy, train, incumbent.template, sampling, config.engine)
+                rollouts = sample_until_enough(
+                    incumbent.policy, train, incumbent.template, sampling, config.engine, config.marker, rates
+                )
                 scored = score_answers(rollouts, train, config.marker)
+                rates = rate_prompts(scored, rates, sampling.first, config.iterations + 1)
+                checks = question_gold(scored, train, config.suspicion)
                 pairs = pair_rollouts(scored, config.dpo.pairing, config.iterations + 1)
                 policy = train_preferences(incumbent.policy, (pairs,), config.template, config.dpo.preference)
                 challenger = assess(
                     policy, config.template, held_out, config.evaluation, config.gate, config.engine, config.marker
                 )
-                incumbent = promote(experiment, "dpo", challenger, incumbent, config.gate, scored=scored)
+                made_from = {"scored": scored, "pass_rates": rates, "gold_checks": checks}
+                incumbent = promote(experiment, "dpo", challenger, incumbent, config.gate, **made_from)
     publish_report(experiment)
     return incumbent.policy

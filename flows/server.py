@@ -8,6 +8,7 @@ import contextlib
 import logging
 import os
 import socket
+import sys
 import time
 import urllib.error
 import urllib.request
@@ -56,9 +57,16 @@ def configure_prefect() -> None:
 def importing_prefect() -> Iterator[None]:
     """Import Prefect inside: set up as we want it, and without a word on its folder, which is made when needed."""
     configure_prefect()
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Failed to create the Prefect home")
-        yield
+    unseen = "pandas" not in sys.modules
+    if unseen:  # Prefect would import it, which takes half a second, for cache keys of a kind that no step of ours has
+        sys.modules["pandas"] = None  # type: ignore[assignment] # what Python's import system reads as "there is none"
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="Failed to create the Prefect home")
+            yield
+    finally:
+        if unseen:
+            del sys.modules["pandas"]
 
 
 def prefect_folder() -> Path:

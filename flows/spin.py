@@ -16,11 +16,11 @@ from flows.repairs import Noise, PairJudge, label_pairs, open_judge
 from models.specs import SFT, EngineSettings, ModelRef, Preference, PromptTemplate, Sampling, Settings
 from storage.datasets import DatasetRef
 from storage.hub import Source
-from tasks.benchmarking import evaluate_benchmark
+from tasks.benchmarking import answer_benchmarks
 from tasks.benchmarks import Benchmarks
 from tasks.checking import Read
 from tasks.comparing import estimate_flip_rate
-from tasks.evaluating import Contender, Evaluation, HeldOut, assess
+from tasks.evaluating import Contender, Evaluation, HeldOut, assess, load_held_out
 from tasks.headlining import evaluate_headlines
 from tasks.loading import draw_prompts, load_demonstrations, load_prompts
 from tasks.metrics import parse_strategy
@@ -150,7 +150,7 @@ def spin(config: Spin, *, advance: bool = False) -> ModelRef:
     with experiment_run(config.experiment, config.model_dump(mode="json"), advance=advance) as experiment:
         demonstrations = load_demonstrations(config.demonstrations, config.marker)  # (x, y)
         prompts = load_prompts(config.demonstrations, without=())
-        held_out = load_held_out(config)
+        held_out = load_held_out(config.dev, config.test) if config.dev and config.test else None
         with iteration(0):
             base = open_base(config.base, config.template, config.marker)
             if config.warm_up is not None:
@@ -190,13 +190,6 @@ def learn(config: Spin, policy: ModelRef, pairs: tuple[DatasetRef, ...], number:
     return train_preferences(policy, pairs, config.template, preference)
 
 
-def load_held_out(config: Spin) -> HeldOut | None:
-    """The prompts no policy is trained on; None: there are benchmarks only."""
-    if config.dev is None or config.test is None:
-        return None
-    return HeldOut(load_prompts(config.dev, without=()), load_prompts(config.test, without=()))
-
-
 def measure(config: Spin, policy: ModelRef, held_out: HeldOut | None) -> Contender:
     """How a policy does on dev and test, and on benchmarks; without dev, the gate that lets all pass sees these."""
     contender = None
@@ -208,9 +201,7 @@ def measure(config: Spin, policy: ModelRef, held_out: HeldOut | None) -> Contend
         assert contender is not None  # _fits_together
         return contender
     with split("test"):
-        answered = tuple(
-            evaluate_benchmark(policy, config.template, one, config.engine) for one in config.benchmarks.tasks
-        )
+        answered = answer_benchmarks(policy, config.template, config.benchmarks, config.engine)
         test = evaluate_headlines(answered, None if contender is None else contender.test)
     return Contender(policy, config.template, test if contender is None else contender.dev, test)
 

@@ -1,89 +1,15 @@
-"""What a run looks like in a terminal: a line a step, a bar while rollouts are drawn, tables at the end.
+"""What a run came to, as tables in a terminal."""
 
-Where the output is no terminal there is no bar, but a plain line now and then, so that a log file can be read.
-"""
-
-import threading
-import time
 from collections.abc import Iterator, Sequence
-from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from storage.experiments import Experiment, IterationRecord, StepRecord
+from storage.experiments import Experiment, IterationRecord
 
 if TYPE_CHECKING:
-    from tasks.planning import PlannedStep
-    from tasks.recording import Progress as RowProgress
     from tasks.tables import PublishedFigure
     from tasks.yields import YieldTable
-
-PLAIN_SECONDS = 10.0  # between two progress lines where there is no bar
-
-
-class Lines:
-    """Listens to a run and shows it."""
-
-    def __init__(self, console: Console) -> None:
-        self._console = console
-        self._bar = Progress(
-            TextColumn("  {task.description}"),
-            BarColumn(bar_width=30),
-            TextColumn("{task.completed:,.0f}/{task.total:,.0f} {task.fields[unit]}  {task.fields[speed]}"),
-            TimeRemainingColumn(compact=True),
-            console=console,
-            transient=True,
-            disable=not console.is_terminal,
-        )
-        self._task: TaskID | None = None
-        self._started = self._said = 0.0
-        self._before = 0  # rollouts that were done when the bar began
-        self._lock = threading.Lock()
-
-    def __enter__(self) -> "Lines":
-        self._bar.start()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._bar.stop()
-
-    def __call__(self, event: "StepRecord | RowProgress") -> None:
-        """Show one event; called from any thread."""
-        with self._lock:
-            if isinstance(event, StepRecord):
-                self._step(event)
-            else:
-                self._rows(event)
-
-    def _step(self, record: StepRecord) -> None:
-        if record.shard is not None and record.state == "completed":
-            return  # the data set they make together gets a line
-        if record.step.startswith(("gather_", "answer_")) and self._task is not None:
-            self._bar.remove_task(self._task)
-            self._task = None
-        split = f"{record.split} " if record.split else ""
-        where = f"{'' if record.iteration is None else f'it{record.iteration}':<4}{split:<5}"
-        name = record.step + (f" shard {record.shard}" if record.shard is not None else "")
-        self._console.print(f"{where}{name:<22}{_how(record)}", markup=False, style=_style(record))
-
-    def _rows(self, event: "RowProgress") -> None:
-        now = time.monotonic()
-        if self._task is None:
-            self._started, self._said, self._before = now, now, event.done
-            self._task = self._bar.add_task(event.step, total=event.total, speed="", unit=event.unit)
-        seconds = max(now - self._started, 0.1)
-        written, judged = event.tokens / seconds, (event.done - self._before) / seconds
-        speed = f"{written:,.0f} tokens/s" if event.tokens else f"{judged:,.0f} {event.unit}/s"
-        self._bar.update(self._task, description=event.step, completed=event.done, total=event.total, speed=speed)
-        if not self._console.is_terminal and now - self._said >= PLAIN_SECONDS:
-            self._said = now
-            done = f"{event.done:,} of {event.total:,} {event.unit}"
-            self._console.print(f"      {event.step}: {done}, {speed}", markup=False)
 
 
 def iteration_tables(records: Sequence[IterationRecord]) -> Iterator[Table]:
@@ -121,7 +47,7 @@ def status_tables(experiment: Experiment) -> Iterator[Any]:
             told,
             f"{record.rows:,}" if record.rows else "",
             f"{record.seconds:.1f}",
-            _counts(record.counts),
+            counts_told(record.counts),
         )
     yield steps
 
@@ -148,33 +74,9 @@ def yield_table(found: "YieldTable") -> Table:
     return table
 
 
-def plan_table(planned: "Sequence[PlannedStep]") -> Table:
-    """Each step that a run would take: cached, or to be done and why."""
-    table = Table(
-        title=f"{sum(step.cached for step in planned)} of {len(planned)} steps are cached", title_justify="left"
-    )
-    for heading in ("iteration", "step", "state", "rows at most", "reads"):
-        table.add_column(heading)
-    for step in planned:
-        state = "cached" if step.cached else f"runs: {step.why}"
-        table.add_row(_optional(step.iteration), step.step, state, f"{step.rows:,}" if step.rows else "", step.reads)
-    return table
-
-
-def _how(record: StepRecord) -> str:
-    if record.state == "failed":
-        return f"FAILED after {record.seconds:.1f} s: {record.detail}"
-    rows = f"{record.rows:>8,} rows" if record.rows else " " * 13
-    seconds = "  cached" if record.cached else f"{record.seconds:6.1f} s"
-    return f"{rows} {seconds}  {_counts(record.counts)}".rstrip()
-
-
-def _counts(counts: dict[str, int]) -> str:
+def counts_told(counts: dict[str, int]) -> str:
+    """Rows by reason or stage, in words."""
     return ", ".join(f"{name.replace('_', ' ')} {count:,}" for name, count in counts.items())
-
-
-def _style(record: StepRecord) -> str:
-    return "red" if record.state == "failed" else "dim" if record.cached else "none"
 
 
 def _percent(metric: dict[str, Any] | None) -> str:

@@ -5,8 +5,11 @@ that completion looks like. The template decides what comes before a completion 
 itself goes through unchanged, also where a template would trim it or put an empty reasoning block before it.
 """
 
+import contextlib
+import json
 from collections.abc import Callable, Sequence
 from datetime import datetime
+from pathlib import Path
 from string import Template
 from typing import Any, NamedTuple
 
@@ -17,6 +20,7 @@ Tokenizer = Any  # transformers' classes are untyped here: pyproject.toml tells 
 
 PINNED_DAY = datetime(2024, 7, 26)  # the day Llama 3's template falls back to
 LONGEST_CHARACTER = 12  # tokens; UTF-8 takes 4 bytes, and an emoji of several joined ones comes out piece by piece
+GENERIC_CLASSES = ("TokenizersBackend", "PreTrainedTokenizerFast")  # tokenizer.json is all there is to them
 PROBE = "The answer is 42."  # a completion no template changes, to see what it puts around one
 
 
@@ -30,6 +34,14 @@ def messages_of(template: PromptTemplate, prompt: str) -> tuple[Message, ...]:
     return (*system, {"role": "user", "content": _filled(template.user, prompt)})
 
 
+def chat_of(roles: Sequence[str], contents: Sequence[str], system: str | None) -> tuple[Message, ...]:
+    """The messages of a stored chat as they are, after the system text where they have none."""
+    messages = tuple({"role": role, "content": text} for role, text in zip(roles, contents, strict=True))
+    if system is None or roles[0] == "system":
+        return messages
+    return ({"role": "system", "content": system}, *messages)
+
+
 def load_tokenizer(
     weights: str, chat_template: str | None, trust_remote_code: bool, *, revision: str | None = None
 ) -> Tokenizer:
@@ -41,10 +53,10 @@ def load_tokenizer(
     Raises:
         EngineConfigurationError: there is no tokenizer, no chat template, or one that `check_chat` finds fault with.
     """
-    from transformers import AutoTokenizer
-
     try:
-        tokenizer = AutoTokenizer.from_pretrained(weights, trust_remote_code=trust_remote_code, revision=revision)
+        tokenizer = _tokenizer_class(weights).from_pretrained(
+            weights, trust_remote_code=trust_remote_code, revision=revision
+        )
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise EngineConfigurationError(
             f"{weights!r} holds no tokenizer that transformers can load: tokenizer.json and tokenizer_config.json were "
@@ -66,14 +78,12 @@ def load_tokenizer(
 
 
 def template_only(chat_template: str) -> Tokenizer:
-    """A tokenizer that can render messages as text and nothing else, for a look at a model that is not here."""
-    from tokenizers import Tokenizer as Words
-    from tokenizers.models import WordLevel
-    from transformers import PreTrainedTokenizerFast
+    """A tokenizer that can render messages as text and nothing else, for a look at a model that is not here.
 
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=Words(WordLevel({"?": 0}, unk_token="?")), eos_token="</s>")
-    tokenizer.chat_template = chat_template
-    return tokenizer
+    Raises:
+        TemplateError: of jinja2; this is no template.
+    """
+    return _TemplateOnly(chat_template)
 
 
 def render_text(tokenizer: Tokenizer, messages: Sequence[Message]) -> str:
@@ -200,6 +210,56 @@ def check_chat(tokenizer: Tokenizer) -> list[str]:
     if not prompt:
         problems.append("it renders a user message as nothing at all")
     return problems
+
+
+def _tokenizer_class(weights: str) -> Any:
+    """transformers' class for this tokenizer; where the files say that they are all there is to it, without torch."""
+    folder = Path(weights)
+    if (folder / "tokenizer.json").is_file() and (folder / "tokenizer_config.json").is_file():
+        with contextlib.suppress(ValueError):  # no JSON: let it be told by who tries to load it
+            named = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
+            if named.get("tokenizer_class") in GENERIC_CLASSES and "auto_map" not in named:
+                from transformers import PreTrainedTokenizerFast
+
+                return PreTrainedTokenizerFast
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer
+
+
+class _TemplateOnly:
+    """Renders as transformers does (utils/chat_template_utils.py), whose import takes seconds."""
+
+    eos_token, bos_token = "</s>", None
+
+    def __init__(self, chat_template: str) -> None:
+        import jinja2
+        from jinja2.ext import Extension, loopcontrols
+        from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+        class Generation(Extension):
+            """{% generation %} marks what the assistant writes; as text, it is what stands inside."""
+
+            tags = {"generation"}  # noqa: RUF012 # as jinja2 declares it
+
+            def parse(self, parser: jinja2.parser.Parser) -> list[jinja2.nodes.Node]:
+                next(parser.stream)
+                return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
+        def refuse(message: str) -> None:
+            raise jinja2.TemplateError(message)
+
+        environment = ImmutableSandboxedEnvironment(
+            trim_blocks=True, lstrip_blocks=True, extensions=[Generation, loopcontrols]
+        )
+        environment.filters["tojson"] = lambda value, **options: json.dumps(value, ensure_ascii=False, **options)
+        environment.globals["raise_exception"] = refuse
+        self._template = environment.from_string(chat_template)
+
+    def apply_chat_template(self, messages: list[Message], *, tokenize: bool, **names: Any) -> str:
+        """The messages as text."""
+        assert not tokenize
+        return self._template.render(messages=messages, eos_token=self.eos_token, bos_token="", **names)
 
 
 def _filled(text: str, prompt: str) -> str:

@@ -3,7 +3,9 @@
 import atexit
 import functools
 import importlib.util
+import os
 import shutil
+import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -27,6 +29,21 @@ def missing_for_ifeval() -> str | None:
         if importlib.util.find_spec(name) is None:
             return f"IFEval needs {name}, which is not installed; {EXTRA}"
     return None
+
+
+def sentence_model_here(folders: Sequence[Path]) -> str:
+    """What `prepare_ifeval` says where nothing may be downloaded, without NLTK, whose import takes seconds."""
+    named = [Path(one) for one in os.environ.get("NLTK_DATA", "").split(os.pathsep) if one]
+    prefixes = [Path(sys.prefix), *(Path(sys.prefix) / one for one in ("share", "lib"))]
+    shared = [Path(one) for one in ("/usr/share", "/usr/local/share", "/usr/lib", "/usr/local/lib")]
+    searched = [
+        *named,
+        *(one / "nltk_data" for one in (Path.home(), *prefixes, *shared)),
+        *folders,
+    ]  # as nltk.data.path
+    here = any((one / "tokenizers" / "punkt_tab" / "english").is_dir() for one in searched)
+    zipped = any((one / "tokenizers" / "punkt_tab.zip").is_file() for one in searched)
+    return "punkt_tab" if here or zipped else STAND_IN
 
 
 def prepare_ifeval(folders: Sequence[Path], *, may_download: bool) -> str:

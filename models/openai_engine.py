@@ -14,7 +14,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Coroutine, Iterable, Iterator, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
 from queue import SimpleQueue
@@ -33,6 +33,7 @@ from models.engine import (
     ScoredTokens,
     ScoreRequest,
 )
+from models.openai_adapters import introduce
 from models.openai_scores import among_likeliest, behind_prompt
 from models.specs import OpenAI, Sampling
 
@@ -69,6 +70,7 @@ class _Endpoint:
     succeeded_at: float = 0.0  # time.monotonic()
     last_failure: str = ""
     dead: bool = False
+    names: dict[LocalModel, str] = field(default_factory=dict)  # what it serves of ours
 
 
 class OpenAIEngine:
@@ -87,12 +89,12 @@ class OpenAIEngine:
 
     def use(self, model: LocalModel) -> None:
         """Ask for the model by its name from now on, and give dropped endpoints another chance."""
-        if model.ref.digest is not None:
+        if model.ref.digest is not None and not self._settings.loads_adapters:
             raise EngineConfigurationError(
                 f"model {model.ref.name!r} is a folder here, and an endpoint serves what it was started with; "
-                "sample it with engine.kind: vllm"
+                "sample it with engine.kind: vllm, or see engine.loads_adapters"
             )
-        if model.ref.chat_template is not None or model.adapter is not None:
+        if model.ref.chat_template is not None or (model.adapter is not None and not self._settings.loads_adapters):
             raise EngineConfigurationError(
                 f"model {model.ref.name!r} comes with a chat template or an adapter of its own, but an endpoint serves "
                 "what it was started with; start the server with them and remove them from the preset"
@@ -244,7 +246,7 @@ class OpenAIEngine:
                 "an endpoint puts its own chat template around every text; give it chat messages, or use "
                 "engine.kind: vllm for texts without a template"
             )
-        return {"model": self._model.ref.name, "messages": list(messages), **fields}
+        return {"model": self._model, "messages": list(messages), **fields}  # named as the endpoint knows it
 
 
 class _Pool:
@@ -289,7 +291,7 @@ class _Pool:
             began.setdefault(endpoint.url, time.monotonic())
             tries[endpoint.url] += 1
             try:
-                answer = await self._try(endpoint.url + path, body)
+                answer = await self._try(endpoint, path, body | {"model": await self._name_at(endpoint, body["model"])})
             except _Retry as failed:
                 endpoint.failing, endpoint.last_failure = True, str(failed)
                 if tries[endpoint.url] > self._settings.max_retries:
@@ -303,17 +305,32 @@ class _Pool:
                 await self._give_back(endpoint)
             await asyncio.sleep(pause)
 
-    async def _try(self, url: str, body: Body) -> tuple[Body, Body]:
+    async def _name_at(self, endpoint: _Endpoint, model: LocalModel) -> str:
+        if not self._settings.loads_adapters:
+            return model.ref.name
+        if model not in endpoint.names:
+            endpoint.names[model] = await introduce(model, endpoint.url, self._ask)
+        return endpoint.names[model]
+
+    async def _ask(self, method: str, url: str, body: Body | None) -> httpx.Response:
         try:
-            reply = await self._client.post(url, json=body)
+            reply = await self._client.request(method, url, json=body)
         except httpx.TransportError as error:  # no connection, time-out, body cut short
             raise _Retry(f"{type(error).__name__} {error}") from error
-        if reply.status_code in (408, 429):
-            asked = _seconds(reply.headers.get("retry-after"))
-            raise _Retry(f"HTTP {reply.status_code}: {self._said(reply)}", wait_seconds=asked, counts=False)
         if reply.status_code >= 500:
             asked = _seconds(reply.headers.get("retry-after"))
             raise _Retry(f"HTTP {reply.status_code}: {self._said(reply)}", wait_seconds=asked)
+        return reply
+
+    async def _try(self, endpoint: _Endpoint, path: str, body: Body) -> tuple[Body, Body]:
+        url = endpoint.url + path
+        reply = await self._ask("POST", url, body)
+        if reply.status_code == 404 and endpoint.names:
+            endpoint.names.clear()  # it was started again, and has to be told once more
+            raise _Retry(f"HTTP 404: {self._said(reply)}")
+        if reply.status_code in (408, 429):
+            asked = _seconds(reply.headers.get("retry-after"))
+            raise _Retry(f"HTTP {reply.status_code}: {self._said(reply)}", wait_seconds=asked, counts=False)
         if reply.status_code != 200:
             raise EngineConfigurationError(
                 f"{url} refuses requests for model {body['model']!r} with HTTP {reply.status_code}: {self._said(reply)}"

@@ -4,7 +4,7 @@
 or processes is left out.
 """
 
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal, Self
 from urllib.parse import urlsplit
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 class Settings(BaseModel):
     """Base of all settings."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=(), allow_inf_nan=False)
     not_in_key: ClassVar[frozenset[str]] = frozenset()
 
     def key(self) -> dict[str, Any]:
@@ -83,13 +83,79 @@ class Sampling(Settings):
     prompts_per_shard: int = Field(default=256, ge=1)
     maximum_error_rate: float = Field(default=0.02, ge=0, le=1)  # share of the rollouts the engine may fail to draw
 
-    def for_iteration(self, iteration: int) -> "Sampling":
+    def for_iteration(self, iteration: int) -> Self:
         """The same settings with a seed of this iteration's own."""
         return self.model_copy(update={"seed": self.seed + iteration})
 
     def decoding(self) -> dict[str, Any]:
         """What decides how one rollout is drawn, given its own seed: the ledger's key, free of how many are wanted."""
         return {name: value for name, value in self.key().items() if name != "rollouts_per_prompt"}
+
+
+class Adaptive(Settings):
+    """Rollouts in passes: a prompt that has enough is done, and the others get what is left of the budget.
+
+    The budget is `rollouts_per_prompt` for each prompt, on average. The stopping rule is Reinforce-Ada's "balanced" one
+    (Xiong et al. 2025, arXiv:2510.04996), for data instead of gradients; these figures are ours.
+    """
+
+    first: int = Field(default=4, ge=1)  # rollouts that every prompt gets
+    more: int = Field(default=4, ge=1)  # that a prompt which lacks some gets in each later pass
+    wanted_correct: int = Field(default=2, ge=0)  # different texts; undecided rollouts are of neither kind
+    wanted_incorrect: int = Field(default=2, ge=0)
+    cap: int | None = Field(default=None, ge=1)  # the most of one prompt; None: rollouts_per_prompt
+
+    @model_validator(mode="after")
+    def _wants_some(self) -> "Adaptive":
+        if not self.wanted_correct + self.wanted_incorrect:
+            raise ValueError("wanted_correct and wanted_incorrect are both 0, so no prompt lacks any; raise one")
+        return self
+
+
+class AnswerSampling(Sampling):
+    """Sampling of training prompts that have gold answers. Evaluation cannot be adaptive: it would be biased."""
+
+    adaptive: Adaptive | None = None  # None: rollouts_per_prompt of each
+
+    @model_validator(mode="after")
+    def _can_be_met(self) -> "AnswerSampling":
+        if (adaptive := self.adaptive) is None:
+            return self
+        if adaptive.first > self.rollouts_per_prompt:
+            raise ValueError(
+                f"adaptive.first is {adaptive.first} but rollouts_per_prompt, which is what prompts get on average, "
+                f"{self.rollouts_per_prompt}; lower the first or raise the second"
+            )
+        least = max(adaptive.first, adaptive.wanted_correct + adaptive.wanted_incorrect)
+        if self.cap < least:
+            raise ValueError(
+                f"a prompt may get {self.cap} rollouts (adaptive.cap, else rollouts_per_prompt), but {least} are "
+                "needed for adaptive.first and for what is wanted; raise adaptive.cap"
+            )
+        return self
+
+    @property
+    def cap(self) -> int:
+        """The most rollouts of one prompt."""
+        return (self.adaptive.cap if self.adaptive is not None else None) or self.rollouts_per_prompt
+
+    @property
+    def first(self) -> int:
+        """The rollouts that every prompt gets, whatever comes of them."""
+        return self.rollouts_per_prompt if self.adaptive is None else self.adaptive.first
+
+    @property
+    def plain(self) -> Sampling:
+        """The same without adaptation: as many rollouts of each prompt."""
+        return Sampling(**{name: getattr(self, name) for name in Sampling.model_fields})
+
+    def key(self) -> dict[str, Any]:
+        """Of plain sampling where nothing is adapted, so that what was drawn before stays good."""
+        return {name: value for name, value in super().key().items() if name != "adaptive" or value is not None}
+
+    def decoding(self) -> dict[str, Any]:
+        """That of plain sampling: both draw the same rollouts, only not as many."""
+        return self.plain.decoding()
 
 
 class VLLM(Settings):
@@ -112,7 +178,9 @@ class VLLM(Settings):
 class OpenAI(Settings):
     """OpenAI-compatible endpoints. The API key is read from the environment, never from a preset."""
 
-    not_in_key = frozenset({"endpoints", "concurrency", "timeout_seconds", "max_retries", "api_key_variable"})
+    not_in_key = frozenset(
+        {"endpoints", "concurrency", "timeout_seconds", "max_retries", "api_key_variable", "loads_adapters"}
+    )
 
     kind: Literal["openai"] = "openai"
     endpoints: tuple[str, ...] = Field(min_length=1)  # base URLs, for instance http://10.0.0.7:8000/v1
@@ -124,6 +192,9 @@ class OpenAI(Settings):
     # how continuations are scored: exactly, by `vllm serve`; or, one token each, by what hosted endpoints report
     scoring: Literal["prompt_logprobs", "top_logprobs"] = "prompt_logprobs"
     top_logprobs: int = Field(default=20, ge=2, le=20)  # asked for in the latter case; others are unknown
+    loads_adapters: bool = (
+        False  # `vllm serve` with adapters of ours, and the home at the same path, see openai_adapters
+    )
 
     def key(self) -> dict[str, Any]:
         """How continuations are scored only where it is not exact, so that ledgers drawn without a judge stay good."""
@@ -134,6 +205,8 @@ class OpenAI(Settings):
     @classmethod
     def _without_secrets(cls, endpoints: tuple[str, ...]) -> tuple[str, ...]:
         for number, endpoint in enumerate(endpoints, start=1):
+            if urlsplit(endpoint).scheme not in ("http", "https") or not urlsplit(endpoint).hostname:
+                raise ValueError(f"endpoint {number} is {endpoint!r}, a URL was expected: http://10.0.0.7:8000/v1")
             if urlsplit(endpoint).username is not None or urlsplit(endpoint).query:
                 raise ValueError(
                     f"endpoint {number} holds a user name or a query, and settings are kept on disk; give the URL "
@@ -205,6 +278,15 @@ class Optimization(Settings):
     report_to: tuple[Literal["trackio", "tensorboard", "wandb"], ...] = ()
     threads: int | None = Field(default=None, ge=1)  # CPU threads a process; with 1, equal runs give equal bytes
     accelerate_config: str | None = None  # a file of `accelerate config`; None: one process on this machine
+
+    @model_validator(mode="after")
+    def _batch_comes_out_even(self) -> "Optimization":
+        if self.per_device_batch_size is not None and self.global_batch_size % self.per_device_batch_size:
+            raise ValueError(
+                f"per_device_batch_size is {self.per_device_batch_size}, which does not divide global_batch_size "
+                f"{self.global_batch_size}; make the latter a multiple of it"
+            )
+        return self
 
 
 class ChatTokens(Settings):
@@ -287,6 +369,8 @@ class Preference(Optimization):
     def _a_weight_for_each_loss(self) -> "Preference":
         if self.loss_weights is not None and len(self.loss_weights) != len(self.loss_type):
             raise ValueError(f"{len(self.loss_weights)} loss_weights for {len(self.loss_type)} loss_type entries")
+        if self.loss_weights is not None and (min(self.loss_weights) < 0 or not any(self.loss_weights)):
+            raise ValueError(f"loss_weights are {self.loss_weights}; none may be below 0, and one is to be above it")
         return self
 
     @model_validator(mode="after")

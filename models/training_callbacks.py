@@ -2,15 +2,30 @@
 
 import json
 import logging
+import re
 import shutil
 import time
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 logger = logging.getLogger("models.trainers")
 
 WHOLE = "whole.json"  # written last into a checkpoint: what it belongs to, and the size of each of its files
+
+
+class TrainingLine(NamedTuple):
+    """What a training says of itself now and then."""
+
+    optimizer_step: int
+    optimizer_steps: int  # in all
+    told: str  # loss, margin, speed
+
+
+def read_line(line: str) -> TrainingLine | None:
+    """The line as `recorder` writes it; None: it is something else that was printed."""
+    found = re.fullmatch(r"optimizer step (\d+) of (\d+): (.*)", line.strip())
+    return TrainingLine(int(found[1]), int(found[2]), found[3]) if found else None
 
 
 def last_whole_checkpoint(folder: Path, belongs_to: dict[str, Any]) -> Path | None:

@@ -4,7 +4,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from models.chat import messages_of
+from models.chat import chat_of, messages_of
 from models.engine import Message
 from models.specs import PromptTemplate
 
@@ -32,7 +32,7 @@ def read_chats(files: Sequence[Path], template: PromptTemplate) -> Iterator[tupl
     for file in files:
         if _holds_chats(file):
             for roles, contents in read_columns((file,), ("roles", "contents")):
-                yield _with_system(roles, contents, template)
+                yield chat_of(roles, contents, template.system)
         else:
             for prompt, completion in read_columns((file,), ("prompt", "completion")):
                 yield (*messages_of(template, prompt), {"role": "assistant", "content": completion})
@@ -45,7 +45,7 @@ def read_sides(files: Sequence[Path], template: PromptTemplate, more: Sequence[s
             for roles, contents, chosen, rejected, *rest in read_columns(
                 (file,), ("roles", "contents", "chosen", "rejected", *more)
             ):
-                yield Sides(_with_system(roles, contents, template), chosen, rejected, tuple(rest))
+                yield Sides(chat_of(roles, contents, template.system), chosen, rejected, tuple(rest))
         else:
             for prompt, chosen, rejected, *rest in read_columns((file,), ("prompt", "chosen", "rejected", *more)):
                 yield Sides(messages_of(template, prompt), chosen, rejected, tuple(rest))
@@ -55,11 +55,3 @@ def _holds_chats(file: Path) -> bool:
     import pyarrow.parquet as pq
 
     return "roles" in pq.read_schema(file).names
-
-
-def _with_system(roles: Sequence[str], contents: Sequence[str], template: PromptTemplate) -> tuple[Message, ...]:
-    """The messages as they are, after the template's system text where they have none."""
-    messages = tuple({"role": role, "content": text} for role, text in zip(roles, contents, strict=True))
-    if template.system is None or roles[0] == "system":
-        return messages
-    return ({"role": "system", "content": template.system}, *messages)

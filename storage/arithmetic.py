@@ -6,7 +6,11 @@ so no training prompt shares both with a test prompt, whatever names and things 
 
 import hashlib
 import random
+import threading
+from bisect import bisect
 from collections.abc import Callable, Iterator, Sequence
+from functools import cache, lru_cache
+from itertools import accumulate, islice
 from typing import Literal, NamedTuple
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -16,6 +20,7 @@ LARGEST_NUMBER = 10  # in a word problem's text
 LARGEST_VALUE = 60  # of any step of a word problem
 TEST_SHARE = 5  # one problem in five is a test problem
 GIVE_UP_AFTER = 5_000  # draws in a row that bring nothing new
+REMEMBERED = 60_000  # stories of one kind: the splits of an experiment draw the same ones again and again
 
 NAMES = ("Ada", "Ben", "Cleo", "Dan", "Eva", "Finn", "Gus", "Hana", "Ivo", "Jude")
 THINGS = ("apples", "books", "coins", "marbles", "pencils", "shells", "stamps", "stickers")
@@ -80,24 +85,9 @@ def make_problems(settings: Arithmetic) -> Iterator[Problem]:
     Raises:
         ValueError: there are not as many distinct problems as asked for.
     """
-    draw = _draw_sum if settings.kind == "sums" else _draw_word_problem
-    rng = random.Random(f"{settings.kind}:{settings.split}:{settings.seed}")
     quality_rng = random.Random(f"quality:{settings.split}:{settings.seed}")
-    seen: set[str] = set()
-    draws_in_vain = 0
-    while len(seen) < settings.problems:
-        story = draw(rng)
-        if story.text in seen or not _belongs(story, settings):
-            draws_in_vain += 1
-            if draws_in_vain > GIVE_UP_AFTER:
-                raise ValueError(
-                    f"{settings.problems:,} {settings.split} problems of kind {settings.kind!r} with at most "
-                    f"{settings.max_steps} steps were asked for, only {len(seen):,} distinct ones were found; "
-                    "ask for fewer"
-                )
-            continue
-        draws_in_vain = 0
-        seen.add(story.text)
+    made = 0
+    for story in _stories(settings):
         spoilt = settings.wrong_share > 0 and quality_rng.random() < settings.wrong_share
         quality = _choose(quality_rng, QUALITIES["wrong" if spoilt else settings.quality])
         completion, answer = write_completion(story.steps, quality, quality_rng), str(_values(story.steps)[-1])
@@ -106,6 +96,21 @@ def make_problems(settings: Arithmetic) -> Iterator[Problem]:
             yield Problem(story.text, completion, answer, write_completion(story.steps, wrong, quality_rng))
         else:
             yield Problem(story.text, completion, answer)
+        made += 1
+        if made == settings.problems:
+            return
+    raise ValueError(_too_few(settings, made))
+
+
+def check_enough(settings: Arithmetic) -> None:
+    """Find out whether there are as many distinct problems as asked for, without solving them.
+
+    Raises:
+        ValueError: there are not.
+    """
+    found = sum(1 for _ in islice(_stories(settings), settings.problems))
+    if found < settings.problems:
+        raise ValueError(_too_few(settings, found))
 
 
 def split_of(template: str, numbers: Sequence[int]) -> Literal["train", "test"]:
@@ -126,6 +131,65 @@ def write_completion(steps: Sequence[Step], quality: str, rng: random.Random) ->
     return "\n".join([ending] if quality == "bare_answer" else [*_lines(steps), ending])
 
 
+def _too_few(settings: Arithmetic, found: int) -> str:
+    return (
+        f"{settings.problems:,} {settings.split} problems of kind {settings.kind!r} with at most "
+        f"{settings.max_steps} steps were asked for, only {found:,} distinct ones were found; ask for fewer"
+    )
+
+
+class _Stories:
+    """Distinct stories of one split, drawn when they are first asked for and then remembered."""
+
+    def __init__(self, settings: Arithmetic) -> None:
+        self._drawing = _draw_stories(settings)
+        self._drawn: list[Story] = []
+        self._lock = threading.Lock()
+
+    def __iter__(self) -> Iterator[Story]:
+        place = 0
+        while place < len(self._drawn) or self._draw_one_more(place):
+            yield self._drawn[place]
+            place += 1
+
+    def _draw_one_more(self, place: int) -> bool:
+        with self._lock:
+            if place == len(self._drawn):  # else another thread has drawn it meanwhile
+                self._drawn.extend(story for story in [next(self._drawing, None)] if story is not None)
+            return place < len(self._drawn)
+
+
+@lru_cache(maxsize=4)
+def _remembered(settings: Arithmetic) -> _Stories:
+    return _Stories(settings)
+
+
+def _stories(settings: Arithmetic) -> Iterator[Story]:
+    """The stories of these problems and more, whatever becomes of them; many are drawn anew, and not held in memory."""
+    if settings.problems > REMEMBERED:
+        return _draw_stories(settings)
+    drawn_alike = Arithmetic(
+        kind=settings.kind, problems=1, seed=settings.seed, split=settings.split, max_steps=settings.max_steps
+    )
+    return iter(_remembered(drawn_alike))
+
+
+def _draw_stories(settings: Arithmetic) -> Iterator[Story]:
+    """Distinct stories, until no more are found."""
+    draw = _draw_sum if settings.kind == "sums" else _draw_word_problem
+    rng = random.Random(f"{settings.kind}:{settings.split}:{settings.seed}")
+    seen: set[str] = set()
+    draws_in_vain = 0
+    while draws_in_vain <= GIVE_UP_AFTER:
+        story = draw(rng)
+        if story.text in seen or not _belongs(story, settings):
+            draws_in_vain += 1
+            continue
+        draws_in_vain = 0
+        seen.add(story.text)
+        yield story
+
+
 def _belongs(story: Story, settings: Arithmetic) -> bool:
     if settings.kind == "word_problems":
         if not all(0 <= value <= LARGEST_VALUE for value in _values(story.steps)):
@@ -136,7 +200,14 @@ def _belongs(story: Story, settings: Arithmetic) -> bool:
 
 
 def _choose(rng: random.Random, weights: dict[str, int]) -> str:
-    return rng.choices(list(weights), weights=list(weights.values()))[0]
+    """As rng.choices with these weights, whose checks and sums take three times as long."""
+    names, cumulative = _cumulative(tuple(weights.items()))
+    return names[bisect(cumulative, rng.random() * cumulative[-1], 0, len(names) - 1)]
+
+
+@cache
+def _cumulative(weights: tuple[tuple[str, int], ...]) -> tuple[list[str], list[float]]:
+    return [name for name, _ in weights], list(accumulate(float(weight) for _, weight in weights))
 
 
 def _values(steps: Sequence[Step]) -> list[int]:
@@ -161,7 +232,8 @@ def _lines(steps: Sequence[Step]) -> list[str]:
 
 def _with_a_mistake(steps: Sequence[Step], rng: random.Random) -> tuple[Sequence[Step], int]:
     """The steps with one mistake, carried through, and the wrong answer they lead to."""
-    wrong = [(changed, answer) for changed, answer in _mistakes(steps) if answer != _values(steps)[-1]]
+    right = _values(steps)[-1]
+    wrong = [(changed, answer) for changed, answer in _mistakes(steps) if answer != right]
     likely = [(changed, answer) for changed, answer in wrong if all(0 <= v <= LARGEST_VALUE for v in _values(changed))]
     return rng.choice(likely or wrong)
 

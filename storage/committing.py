@@ -37,7 +37,7 @@ _lines = threading.Lock()
 _written: dict[str, int] = {}  # bytes of each piece that this process has uploaded
 
 
-def put_file(path: Path, text: str, *, replace: bool) -> bool:
+def put_file(path: Path, content: str | bytes, *, replace: bool) -> bool:
     """Write a small file all at once. Returns False if it is there, here or in the store, and not to be replaced.
 
     Raises:
@@ -45,7 +45,7 @@ def put_file(path: Path, text: str, *, replace: bool) -> bool:
     """
     if replace or not path.exists():
         _will_push(path, replace=replace)
-    if not durable.put_file(path, text, replace=replace):
+    if not durable.put_file(path, content, replace=replace):
         return False
     return _push(path, replace=replace)
 

@@ -90,12 +90,40 @@ def write_rows(
     Raises:
         DatasetError: there are no rows, or one does not fit its type.
     """
+    return _store(_batched(rows, row_type, step), row_type, step=step, parents=parents, settings=settings)
+
+
+def join_rows(
+    parts: Sequence[DatasetRef],
+    row_type: type[R],
+    *,
+    step: str,
+    parents: Sequence[DatasetRef] = (),
+    settings: Mapping[str, object] | None = None,
+) -> DatasetRef:
+    """The parts one after the other as one data set, the same as if their rows had been written at once.
+
+    Raises:
+        DatasetError: a part is gone or is damaged.
+    """
+    batches = (batch for part in parts for batch in _batches(part, None, arrow_schema(row_type)))
+    return _store(batches, row_type, step=step, parents=parents, settings=settings)
+
+
+def _store(
+    batches: Iterable[pa.RecordBatch],
+    row_type: type[Row],
+    *,
+    step: str,
+    parents: Sequence[DatasetRef],
+    settings: Mapping[str, object] | None,
+) -> DatasetRef:
     folder = home() / "datasets" / checked_name(step, "a step's name")
     plain_settings = json.loads(canonical_json(settings or {}))
     origin = {"step": step, "row_type": row_type.__name__, "settings": plain_settings}
     origin["parents"] = [parent.model_dump() for parent in parents]
     with attempt_folder(folder) as attempt:
-        files, digest = _write_files(attempt, rows, row_type, origin)
+        files, digest = _write_files(attempt, batches, row_type, origin)
         count = sum(file.rows or 0 for file in files)
         if not count:
             raise DatasetError(f"step {step!r} has no rows to store; its log line says what was dropped and why")
@@ -107,15 +135,17 @@ def write_rows(
     return ref
 
 
-def read_rows(ref: DatasetRef, row_type: type[R]) -> Iterator[R]:
+def read_rows(ref: DatasetRef, row_type: type[R], part: range | None = None) -> Iterator[R]:
     """The rows of a data set in the order they were written, streaming; each file's digest is checked first.
 
+    Args:
+        part: numbers of the rows wanted; files that hold none of them are not read. None: all.
     Raises:
         DatasetError: it holds other rows, is gone or is damaged.
     """
     if ref.row_type != row_type.__name__:
         raise DatasetError(f"{ref.name} holds {ref.row_type} rows, {row_type.__name__} rows were expected")
-    return (row for batch in _batches(ref, None, arrow_schema(row_type)) for row in rows_of(batch, row_type))
+    return (row for batch in _batches(ref, None, arrow_schema(row_type), part) for row in rows_of(batch, row_type))
 
 
 def iter_batches(ref: DatasetRef, columns: Sequence[str] | None = None) -> Iterator[pa.RecordBatch]:
@@ -205,11 +235,11 @@ def _what_is_wrong_with_file(path: Path, file: StoredFile, name: str, *, deep: b
 
 
 def _write_files(
-    folder: Path, rows: Iterable[R], row_type: type[R], origin: Mapping[str, object]
+    folder: Path, batches: Iterable[pa.RecordBatch], row_type: type[Row], origin: Mapping[str, object]
 ) -> tuple[tuple[StoredFile, ...], str]:
     schema = arrow_schema(row_type).with_metadata({f"ratchet.{k}": canonical_json(v) for k, v in origin.items()})
     digest, files = RowsDigest(schema), list[StoredFile]()
-    groups = _row_groups(rows, row_type, digest, str(origin["step"]))
+    groups = _row_groups(batches, digest)
     while group := next(groups, None):
         path = folder / f"part-{len(files):05d}.parquet"
         count, size = 0, 0
@@ -222,24 +252,35 @@ def _write_files(
     return tuple(files), digest.hexdigest()
 
 
-def _row_groups(rows: Iterable[R], row_type: type[R], digest: RowsDigest, step: str) -> Iterator[pa.Table]:
-    batches: list[pa.RecordBatch] = []
+def _batched(rows: Iterable[R], row_type: type[R], step: str) -> Iterator[pa.RecordBatch]:
     remaining = iter(rows)
     while chunk := list(islice(remaining, BATCH_ROWS)):
         try:
-            batches.append(batch_of(chunk, row_type))
+            yield batch_of(chunk, row_type)
         except ValueError as error:
             raise DatasetError(f"step {step!r} cannot store its {row_type.__name__} rows: {error}") from error
-        digest.update(batches[-1])
-        if sum(b.num_rows for b in batches) >= GROUP_ROWS or sum(b.nbytes for b in batches) >= GROUP_BYTES:
-            yield pa.Table.from_batches(batches)
-            batches = []
-    if batches:
-        yield pa.Table.from_batches(batches)
 
 
-def _batches(ref: DatasetRef, columns: Sequence[str] | None, expected: pa.Schema | None) -> Iterator[pa.RecordBatch]:
+def _row_groups(batches: Iterable[pa.RecordBatch], digest: RowsDigest) -> Iterator[pa.Table]:
+    group: list[pa.RecordBatch] = []
+    for batch in batches:
+        digest.update(batch)
+        group.append(batch)
+        if sum(b.num_rows for b in group) >= GROUP_ROWS or sum(b.nbytes for b in group) >= GROUP_BYTES:
+            yield pa.Table.from_batches(group)
+            group = []
+    if group:
+        yield pa.Table.from_batches(group)
+
+
+def _batches(
+    ref: DatasetRef, columns: Sequence[str] | None, expected: pa.Schema | None, part: range | None = None
+) -> Iterator[pa.RecordBatch]:
+    number = 0  # of the row that comes next
     for file in read_manifest(ref).files:
+        if part is not None and not (part.start < number + (file.rows or 0) and number < part.stop):
+            number += file.rows or 0
+            continue
         fetch_absent(ref.name, [file])
         if wrong := what_is_wrong_with_files([file], ref.name, deep=True):
             raise DatasetError(f"{wrong}; {REBUILD}")
@@ -251,7 +292,14 @@ def _batches(ref: DatasetRef, columns: Sequence[str] | None, expected: pa.Schema
                 )
             seen = 0
             for batch in parquet.iter_batches(batch_size=BATCH_ROWS, columns=columns):
+                yield batch if part is None else _within(batch, number + seen, part)
                 seen += batch.num_rows
-                yield batch
         if seen != file.rows:
             raise DatasetError(f"{ref.name}/{file.name} holds {seen} rows, its manifest says {file.rows}; {REBUILD}")
+        number += seen
+
+
+def _within(batch: pa.RecordBatch, number: int, part: range) -> pa.RecordBatch:
+    """The rows of the batch, whose first has this number, that are in the part."""
+    start = min(max(part.start - number, 0), batch.num_rows)
+    return batch.slice(start, max(part.stop - number - start, 0))

@@ -65,12 +65,12 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def put_file(path: Path, text: str, *, replace: bool) -> bool:
+def put_file(path: Path, content: str | bytes, *, replace: bool) -> bool:
     """Write a small file all at once. Returns False, and changes nothing, if it is there and not to be replaced."""
     path.parent.mkdir(parents=True, exist_ok=True)
     attempt = path.with_name(attempt_name())
     try:
-        attempt.write_text(text, encoding="utf-8")
+        attempt.write_bytes(content.encode() if isinstance(content, str) else content)
         sync(attempt)
         if replace:
             attempt.replace(path)

@@ -1,6 +1,6 @@
 """The record of an experiment: its settings, what each step did, and its iterations in order.
 
-`experiments/<name>/`: config.json, state.json, steps.jsonl (one line a finished step, of all runs) and
+`experiments/<name>/`: config.json, state.json, steps.jsonl (one line a finished step, of all runs), runs/<run>.json and
 iterations/<number>.json. Reports and `ratchet status` are computed from these files, never from a session's memory.
 """
 
@@ -27,7 +27,8 @@ logger = logging.getLogger(__name__)
 
 KEPT_FLOW_RUNS = 50
 
-State = Literal["running", "advanced", "finished", "failed", "interrupted"]  # advanced: by one iteration, as asked
+# advanced: by one iteration, as asked; halted: until a person has looked at what `error` says
+State = Literal["running", "advanced", "finished", "halted", "failed", "interrupted"]
 
 
 class StepRecord(BaseModel):
@@ -63,11 +64,18 @@ class IterationRecord(BaseModel):
     policy: dict[str, Any]  # a ModelRef
     promoted: bool
     decision: dict[str, Any] | None  # None: the base needs none
+    regression: dict[str, Any] | None = None  # how it is significantly worse than the incumbent; None: it is not
     metrics: dict[str, dict[str, Any]]  # test split, by strategy: value, low, high, n, k
     dev_metrics: dict[str, dict[str, Any]]
     funnel: dict[str, int]  # rows left after each stage, in order
     drops: dict[str, int]  # rows dropped, by reason
     references: dict[str, dict[str, Any]]  # data sets, by role
+    notices: list[str] = []  # what to know before its figures are believed, a sentence each
+
+    @property
+    def policy_identity(self) -> str:
+        """The policy's content, as one word."""
+        return " ".join(str(self.policy[part]) for part in ("digest", "adapter", "name") if self.policy.get(part))
 
 
 class ExperimentState(BaseModel):
@@ -84,6 +92,29 @@ class ExperimentState(BaseModel):
     unsettled: tuple[str, ...] = ()  # flow runs of processes that died, which Prefect may still show as running
 
 
+class Surroundings(BaseModel):
+    """What a run was made with."""
+
+    model_config = ConfigDict(frozen=True)
+
+    versions: dict[str, str]  # of Python and of libraries
+    commit: str | None  # of this code; "+" behind it: with changes. None: not run from a repository
+    machine: str  # its kind, without its name
+    accelerators: tuple[str, ...]
+
+
+class RunRecord(BaseModel):
+    """One run: when, how it ended, and what it was made with."""
+
+    model_config = ConfigDict(frozen=True)
+
+    run: str
+    state: State  # "running" for ever, if the process was killed
+    started_at: str
+    finished_at: str | None = None
+    surroundings: Surroundings | None = None
+
+
 class Experiment:
     """The folder of one experiment."""
 
@@ -91,7 +122,14 @@ class Experiment:
         self.name = name
         self.folder = home() / "experiments" / checked_name(name, "an experiment's name")
 
-    def begin(self, run: str, config: Mapping[str, Any], *, flow_run_id: str | None = None) -> None:
+    def begin(
+        self,
+        run: str,
+        config: Mapping[str, Any],
+        *,
+        flow_run_id: str | None = None,
+        surroundings: Surroundings | None = None,
+    ) -> None:
         """Note a run's settings and that it is running; to be called by the only process that runs the experiment."""
         (self.folder / "iterations").mkdir(parents=True, exist_ok=True)
         remove_all_stale_attempts(home())
@@ -108,6 +146,8 @@ class Experiment:
             unsettled=unsettled,
         )
         _write(self.folder / "state.json", state.model_dump())
+        begun = RunRecord(run=run, state="running", started_at=state.started_at, surroundings=surroundings)
+        _write(self._run_file(run), begun.model_dump())
 
     def unsettled(self) -> tuple[str, ...]:
         """Flow runs that this host has begun and not ended, when no process runs the experiment: all are dead."""
@@ -122,11 +162,17 @@ class Experiment:
         """Note how the run ended."""
         ended = self.state().model_copy(update={"state": state, "finished_at": now(), "error": error})
         try:
-            _write(self.folder / "state.json", ended.model_dump())
+            self._note_end(ended)
         except (StoreError, LeaseLostError) as told:
             if error is None:
                 raise
             logger.warning("how the run ended is noted on this machine only: %s", told)
+
+    def runs(self) -> list[RunRecord]:
+        """The runs in the order they began; those of versions that did not note them are not there."""
+        files = (self.folder / "runs").glob("[!.]*.json")
+        found = [RunRecord.model_validate_json(file.read_text()) for file in files]
+        return sorted(found, key=lambda record: (record.started_at, record.run))
 
     def state(self) -> ExperimentState:
         """How the last run stands; one whose process is gone is interrupted, whatever the file says."""
@@ -157,6 +203,21 @@ class Experiment:
         files = sorted((self.folder / "iterations").glob("[0-9]*.json"))
         return [IterationRecord.model_validate_json(file.read_text()) for file in files]
 
+    def let_pass(self) -> list[str]:
+        """Have later runs go on past the regressions on record; the labels of those policies."""
+        seen = [record for record in self.iterations() if record.regression is not None]
+        if seen:
+            passed = self.passed() | {record.policy_identity for record in seen}
+            _write(self.folder / "passed.json", {"policies": sorted(passed)})
+        return [record.label for record in seen]
+
+    def passed(self) -> set[str]:
+        """The policies whose regressions a person has seen and let pass."""
+        try:
+            return set(json.loads((self.folder / "passed.json").read_text())["policies"])
+        except FileNotFoundError:
+            return set()
+
     def forget_other_iterations(self, run: str) -> None:
         """Remove the records that a finished run did not write: its settings have no such iteration any more."""
         for record in self.iterations():
@@ -169,6 +230,9 @@ class Experiment:
         """Of a shared home the process may be anywhere, but it holds the experiment's lock."""
         return _alive(pid) if home_url() is None else is_leased(f"experiment-{self.name}")
 
+    def _run_file(self, run: str) -> Path:
+        return self.folder / "runs" / f"{run}.json"
+
     def _read_steps(self) -> Iterator[StepRecord]:
         file = self.folder / "steps.jsonl"
         if not file.exists():
@@ -176,6 +240,13 @@ class Experiment:
         for line in file.read_text(errors="replace").splitlines():
             with contextlib.suppress(ValidationError):
                 yield StepRecord.model_validate_json(line)
+
+    def _note_end(self, ended: ExperimentState) -> None:
+        _write(self.folder / "state.json", ended.model_dump())
+        for begun in self.runs():
+            if begun.run == ended.run:
+                record = begun.model_copy(update={"state": ended.state, "finished_at": ended.finished_at})
+                _write(self._run_file(ended.run), record.model_dump())
 
     def _end_torn_line(self) -> None:
         """Have what is appended next stand on a line of its own, even if a kill tore the last one."""

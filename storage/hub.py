@@ -10,6 +10,8 @@ import os
 import random
 import re
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
 from itertools import islice
 from pathlib import Path
 from typing import NamedTuple, Self, TypeVar
@@ -23,9 +25,14 @@ from storage.digests import file_sha256
 from storage.formats import Formats, make_formatted
 
 T = TypeVar("T")
+_STAYING_HERE: ContextVar[bool] = ContextVar("staying_here", default=False)
 SPLIT_NAMES = {"input_data": "train"}  # google-research's own file name for the IFEval prompts
 PLACES = ("hub", "path", "arithmetic", "formats")
 _ANNOTATION = re.compile(r"<<[^<>\n]*>>")  # GSM8K's calculator notes: "48/2 = <<48/2=24>>24"
+
+
+class NotAtHand(RuntimeError):
+    """Rows are on a hub, and the hub is not to be asked just now."""
 
 
 class Section(BaseModel):
@@ -126,6 +133,38 @@ def read_records(source: Source) -> Iterator[tuple[int, Mapping[str, object]]]:
     Built-in problems have the columns prompt and completion, or prompt, chosen and rejected.
     """
     return _taken(source, _all_records(source))
+
+
+@contextmanager
+def staying_here() -> Iterator[None]:
+    """Sources are read inside as far as their rows are on this machine; of others, reading raises NotAtHand."""
+    token = _STAYING_HERE.set(True)
+    try:
+        yield
+    finally:
+        _STAYING_HERE.reset(token)
+
+
+def is_at_hand(source: Source) -> bool:
+    """Whether the rows are on this machine: made up, in a file, or in the cache of the `datasets` library."""
+    if source.hub is None or _local_file(source) is not None:
+        return True
+    cache = os.environ.get("HF_HOME") or Path.home() / ".cache" / "huggingface"
+    folder = Path(os.environ.get("HF_DATASETS_CACHE") or Path(cache) / "datasets")
+    known = {_letters(path.name) for path in folder.iterdir() if path.is_dir()} if folder.is_dir() else set()
+    return _letters(source.hub) in known
+
+
+def count_rows(source: Source) -> int:
+    """How many rows `read_source` reads; of made-up ones and of those that are not at hand, how many are asked for."""
+    made_up, bounds = source.arithmetic or source.formats, source.rows or RowRange()
+    if made_up is not None:
+        taken = max(0, min(made_up.problems, bounds.stop or made_up.problems) - bounds.start)
+        return min(taken, source.limit or taken)
+    asked = [*([bounds.stop - bounds.start] if bounds.stop else []), *([source.limit] if source.limit else [])]
+    if asked and _STAYING_HERE.get() and not is_at_hand(source):
+        return min(asked)
+    return sum(1 for _ in read_source(source))
 
 
 def source_name(source: Source) -> str:
@@ -302,8 +341,18 @@ def _parquet_records(file: Path) -> Iterator[Mapping[str, object]]:
             yield from batch.to_pylist()
 
 
+def _letters(name: str) -> str:
+    """A data set's id, or its folder in the cache, so that the two compare equal ("HuggingFaceH4/ultrachat_200k")."""
+    return re.sub(r"[^a-z0-9]", "", name.lower())
+
+
 def _hub_records(source: Source) -> Iterator[Mapping[str, object]]:
+    if _STAYING_HERE.get() and not is_at_hand(source):
+        raise NotAtHand(f"{source_name(source)} is not on this machine")
     import datasets
+
+    if _STAYING_HERE.get():
+        datasets.config.HF_HUB_OFFLINE = True
 
     file = f"<RATCHET_DATA>/{source.hub}/{source.split}.jsonl"
     try:

@@ -116,6 +116,19 @@ class Ledger:
         return sorted(self.folder.glob("part-*.parquet"))
 
 
+def look_for(key: Mapping[str, object], prompt_ids: Container[str], below: int) -> int:
+    """How many rollouts of these prompts, their indexes below so many, lie in the ledger of a key. Writes nothing.
+
+    One that is there twice counts once; a part that cannot be read counts nothing.
+    """
+    found: set[tuple[str, int]] = set()
+    for part in sorted((home() / "ledger" / digest_of(key)).glob("part-*.parquet")):
+        with contextlib.suppress(pa.ArrowException, OSError):
+            keys = _keys(pq.read_table(part, columns=_KEY_COLUMNS))
+            found.update(one for one in keys if one[0] in prompt_ids and one[1] < below)
+    return len(found)
+
+
 class LedgerWriter:
     """Collects finished rows and appends them to a ledger every so often, and at the end, whatever ended it.
 

@@ -4,6 +4,7 @@ A row type *is* its Parquet schema (storage/schemas.py). Text here is plain: no 
 """
 
 from dataclasses import dataclass, fields
+from functools import cache
 from typing import Any, TypeVar
 
 R = TypeVar("R", bound="Row")
@@ -16,8 +17,14 @@ class Row:
 
 def derive(row_type: type[R], row: Row, **more: Any) -> R:
     """A row of another type with what it has in common with this one, and more."""
-    names = {field.name for field in fields(row)} - more.keys()
-    return row_type(**{one.name: getattr(row, one.name) for one in fields(row_type) if one.name in names}, **more)
+    shared = _shared(row_type, type(row))  # type: ignore[arg-type]  # mypy takes a row's hash for that of its type
+    return row_type(**{name: getattr(row, name) for name in shared if name not in more}, **more)
+
+
+@cache
+def _shared(one: type[Row], other: type[Row]) -> list[str]:
+    names = {field.name for field in fields(other)}
+    return [field.name for field in fields(one) if field.name in names]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -62,6 +69,36 @@ class ScoredRollout(Row):
     reward: float | None  # in [0, 1]; None: the scorer could not decide
     reason: str  # "match", "mismatch", "no final answer", "truncated", ...
     scorer: str  # name@version
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PassRate(Row):
+    """What the rollouts of a prompt came to when it was last sampled for training. Key: prompt_id.
+
+    Adaptive sampling stops on what it finds, so `correct / rollouts` is biased; of the first rollouts it is not.
+    """
+
+    prompt_id: str
+    iteration: int  # when that was
+    rollouts: int
+    correct: int
+    incorrect: int
+    undecided: int
+    first_rollouts: int  # those that were drawn whatever came of them
+    first_correct: int  # of these
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GoldCheck(Row):
+    """What the rollouts of a prompt say of its gold answer. Key: prompt_id."""
+
+    prompt_id: str
+    prompt: str
+    gold: str
+    majority: str | None  # the answer that most of them give; None: no answer can be read
+    agreement: float | None  # share of the votes for it
+    votes: int  # rollouts with an answer that can be read
+    verdict: str  # "agrees", "suspect": a confident majority says otherwise; "unsure": there is no confident majority
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -214,6 +251,18 @@ class TrainingMetric(Row):
     optimizer_step: int
     name: str  # TRL's: "loss", "rewards/margins", "mean_token_accuracy", ...
     value: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Overlap(Row):
+    """How much of what a policy was trained on stands in the prompts of a held-out split too. Key: split."""
+
+    split: str  # "dev" or "test"
+    training_rows: int
+    sharing_rows: int  # that share a run of words with a held-out prompt
+    held_out_prompts: int
+    shared_prompts: int  # that share one with a training row
+    run_words: int  # of a prompt with fewer, the whole
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

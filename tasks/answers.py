@@ -22,9 +22,13 @@ LETTER = r"[^\W\d_]"
 UNSIGNED = r"(?:[0-9]{1,3}(?:(?:,[0-9]{3})+|(?:[ \u00a0\u2009\u202f][0-9]{3})+)(?![0-9])|[0-9]+)(?:\.[0-9]+)?|\.[0-9]+"
 WORDS = rf"{LETTER}|(?<=\S)[-/](?={LETTER})|[\s.,:;'\"()\[\]%°{CURRENCY}]"
 
-_PLAIN = re.compile(r"\s*\$?(-?[0-9]{1,18})\.?\s*")
-_BLANK = re.compile(r"(?:[\s*_]|\\n)*")
-_LINE_END = re.compile(r"\n|\\n|\Z")
+# What nine in ten answers look like, read without the patterns below and to the same value (tested).
+_PLAIN = re.compile(
+    r"\s*(?P<before>(?:[A-Za-z]{2,} )+)?(?P<boxed>\\boxed\{)?(?(before)|\$?)"
+    r"(?P<number>-?(?:[0-9]{1,3}(?:,[0-9]{3})+|[0-9]{1,18}))(?:\.0+)?(?(boxed)\})"
+    r"(?P<after>(?: [A-Za-z]{2,})+)?\.?(?:\*+|\s*)"
+)
+_LINE = re.compile(r"(?:[\s*_]|\\n)*(?P<line>[^\n\\]*(?:\\(?!n)[^\n\\]*)*)")
 _NUMBER = re.compile(
     rf"(?P<sign>[-+][{CURRENCY}]?)?(?:(?P<whole>[0-9]+)\s(?=[1-9][0-9]*\s?/\s?[0-9]))?"
     rf"(?P<top>{UNSIGNED})(?:\s?/\s?(?P<bottom>{UNSIGNED}))?(?:[eE](?P<exponent>[-+]?[0-9]{{1,2}})(?![0-9]))?"
@@ -74,11 +78,7 @@ def extract_answer(completion: str, marker: str) -> str | None:
 
 def answers_disagree(completion: str, marker: str) -> bool:
     """Whether there are two final answers, and not of one value; an unreadable one agrees with nothing."""
-    ends = [found.end() for found in _pattern(marker).finditer(completion)]
-    if len(ends) < 2:
-        return False
-    values = {answer_group(_text_at(completion, end)) for end in ends}
-    return len(values) > 1 or None in values
+    return len(_pattern(marker).findall(completion)) > 1 and _disagree(_answers(completion, marker))
 
 
 def trim_after_answer(completion: str, marker: str) -> str:
@@ -104,13 +104,21 @@ def is_readable(gold: str) -> bool:
     return parse_answer(gold) is not None
 
 
+@lru_cache(maxsize=2**16)  # the rollouts of a prompt answer in few ways, and its gold answer is asked for each of them
 def parse_answer(text: str) -> Number | None:
     """The one number an answer can mean, exactly; percent signs, currencies and units are dropped. `None`: unreadable.
 
     Right of an equals sign counts: `x = 5` and `12 + 7 = 19` state their outcome there. Nothing else is worked out.
     """
     if plain := _PLAIN.fullmatch(text):
-        return int(plain[1])
+        before, _, number, after = plain.groups("")
+        words = before + after
+        return None if words and _changes(words, before) else int(number.replace(",", ""))
+    return read_any_answer(text)
+
+
+def read_any_answer(text: str) -> Number | None:
+    """What `parse_answer` says of a text of any form, without its short way for plain ones."""
     if len(text) > LONGEST_ANSWER:
         return None
     stated = _right_of_equals(_without_markup(text))
@@ -121,7 +129,7 @@ def parse_answer(text: str) -> Number | None:
     if _BEFORE.fullmatch(before) is None or _AFTER.fullmatch(after) is None:
         return None
     words = f"{before} {after}"
-    if _CHANGES_THE_VALUE.search(words) or _CHANGES_WHAT_FOLLOWS.search(before):
+    if _changes(words, before):
         return None
     if not words.isascii() and any(character.isnumeric() for character in words):  # ½, 三
         return None
@@ -134,21 +142,22 @@ def score_by_answer(rollout: Rollout, gold: str, marker: str) -> ScoredRollout:
     Reasons: "match", "mismatch"; undecided: "truncated", "no final answer", "two answers", "unreadable answer",
     "unreadable gold answer". A truncated rollout is undecided even if an answer stands in it: it did not end there.
     """
-    answer = extract_answer(rollout.completion, marker)
-    reward, reason = _verdict(rollout, answer, gold, marker)
+    answers = _answers(rollout.completion, marker)
+    reward, reason = _verdict(rollout, answers, gold)
+    answer = answers[0] if answers else None
     return derive(ScoredRollout, rollout, answer=answer, reward=reward, reason=reason, scorer=SCORER)
 
 
-def _verdict(rollout: Rollout, answer: str | None, gold: str, marker: str) -> tuple[float | None, str]:
+def _verdict(rollout: Rollout, answers: list[str | None], gold: str) -> tuple[float | None, str]:
     if rollout.finish_reason == "length":
         return None, "truncated"
     if rollout.finish_reason == "error":
         return None, "engine error"
-    if answer is None:
+    if not answers or answers[0] is None:
         return None, "no final answer"
-    if answers_disagree(rollout.completion, marker):
+    if _disagree(answers):
         return None, "two answers"
-    value, expected = parse_answer(answer), parse_answer(gold)
+    value, expected = parse_answer(answers[0]), parse_answer(gold)
     if expected is None:
         return None, "unreadable gold answer"
     if value is None:
@@ -165,11 +174,21 @@ def _pattern(marker: str) -> re.Pattern[str]:
     return re.compile(r"[ \t]+".join(words) + colon, re.IGNORECASE)
 
 
+def _answers(completion: str, marker: str) -> list[str | None]:
+    return [_text_at(completion, found.end()) for found in _pattern(marker).finditer(completion)]
+
+
+def _disagree(answers: list[str | None]) -> bool:
+    if len(answers) < 2:
+        return False
+    values = {answer_group(answer) for answer in answers}
+    return len(values) > 1 or None in values
+
+
 def _span_at(completion: str, start: int) -> tuple[int, int]:
-    blank = _BLANK.match(completion, start)
-    line_end = _LINE_END.search(completion, start if blank is None else blank.end())
-    assert blank is not None and line_end is not None  # both patterns match the empty text
-    return blank.end(), line_end.start()
+    line = _LINE.match(completion, start)
+    assert line is not None  # the pattern matches the empty text
+    return line.span("line")
 
 
 def _text_at(completion: str, start: int) -> str | None:
@@ -192,6 +211,11 @@ def _right_of_equals(text: str) -> str:
     first, _, middle = left.partition("=")
     several = _SEVERAL.search(left.rstrip()) or (first != left and re.search(LETTER, middle))
     return "" if several else right
+
+
+def _changes(words: str, before: str) -> bool:
+    """Whether words around a number make another one of it."""
+    return bool(_CHANGES_THE_VALUE.search(words) or _CHANGES_WHAT_FOLLOWS.search(before))
 
 
 def _value(found: re.Match[str]) -> Number | None:

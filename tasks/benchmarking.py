@@ -1,13 +1,13 @@
 """A policy and a benchmark -> its answers, scored by lm-eval; answers -> figures with their intervals.
 
-Each benchmark is a step of its own, so that a failed one does not take the others with it.
+Each task is a step of its own, all 57 of MMLU, so that a failed or killed one does not take the others with it.
 """
 
 import os
-import time
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from functools import partial
+from itertools import chain
 from pathlib import Path
 
 from models import harness, ifeval_libraries
@@ -20,8 +20,8 @@ from storage.digests import file_sha256
 from storage.rows import BenchmarkMetric, BenchmarkSample
 from tasks.benchmarks import KNOWN, Benchmark, Benchmarks, figures
 from tasks.caching import log_counts, step
+from tasks.drawing import Meter
 from tasks.planning import current_plan
-from tasks.recording import Progress, announce, current_iteration
 from tasks.serving import raise_if_stopping, serve
 
 
@@ -33,6 +33,13 @@ class Material(Settings):
     sentences: str | None  # how IFEval tells sentences apart
 
 
+class Part(Settings):
+    """A task of a benchmark."""
+
+    task: str  # lm-eval's name
+    config: str | None  # configuration of its data set
+
+
 def evaluate_benchmarks(
     policy: ModelRef, template: PromptTemplate, benchmarks: Benchmarks, engine: EngineSettings
 ) -> DatasetRef:
@@ -41,36 +48,63 @@ def evaluate_benchmarks(
     Raises:
         BenchmarkError: a benchmark's documents or libraries are not here; the others' answers are kept.
     """
-    answered = tuple(evaluate_benchmark(policy, template, one, engine) for one in benchmarks.tasks)
+    answered = answer_benchmarks(policy, template, benchmarks, engine)
     return summarise_benchmarks(answered, tuple(notes_of(one) for one in benchmarks.tasks))
+
+
+def answer_benchmarks(
+    policy: ModelRef, template: PromptTemplate, benchmarks: Benchmarks, engine: EngineSettings
+) -> tuple[DatasetRef, ...]:
+    """BenchmarkSample rows of each benchmark, in their order."""
+    return tuple(evaluate_benchmark(policy, template, one, engine) for one in benchmarks.tasks)
 
 
 def evaluate_benchmark(
     policy: ModelRef, template: PromptTemplate, benchmark: Benchmark, engine: EngineSettings
 ) -> DatasetRef:
     """BenchmarkSample rows: what the policy answered to each document, and what lm-eval makes of it."""
-    return answer_benchmark(policy, template, benchmark, material_of(benchmark), engine)
+    answered = tuple(
+        answer_benchmark(policy, template, benchmark, part, material_of(benchmark, part), engine)
+        for part in _parts(benchmark)
+    )
+    return answered[0] if len(answered) == 1 else gather_answers(answered)
 
 
 @step(version="1")
 def answer_benchmark(
-    policy: ModelRef, template: PromptTemplate, benchmark: Benchmark, material: Material, engine: EngineSettings
+    policy: ModelRef,
+    template: PromptTemplate,
+    benchmark: Benchmark,
+    part: Part,
+    material: Material,
+    engine: EngineSettings,
 ) -> DatasetRef:
-    """Put the policy through one benchmark."""
+    """Put the policy through one task of a benchmark."""
     served = serve(policy, engine)
     counts: Counter[str] = Counter()
 
     def rows() -> Iterator[BenchmarkSample]:
-        for task in _tasks_of(benchmark):
-            for answer in _answers(task, served, template if benchmark.use_chat_template else None):
-                counts["answers"] += 1
-                counts["prompts cut"] += answer.cut_tokens > 0
-                yield _sample(answer, benchmark, policy)
+        for answer in _answers(_task_of(benchmark, part), served, template if benchmark.use_chat_template else None):
+            counts["answers"] += 1
+            counts["prompts cut"] += answer.cut_tokens > 0
+            yield _sample(answer, benchmark, policy)
 
-    settings = {"benchmark": benchmark.key(), "material": material.key(), "template": template.key()}
+    settings = {
+        "benchmark": benchmark.key(),
+        "part": part.key(),
+        "material": material.key(),
+        "template": template.key(),
+    }
     answered = write_rows(rows(), BenchmarkSample, step="benchmark_samples", settings=settings)
     log_counts(+counts)
     return answered
+
+
+@step(version="1", rows=lambda answered: sum(one.rows for one in answered))
+def gather_answers(answered: tuple[DatasetRef, ...]) -> DatasetRef:
+    """The answers to all tasks of one benchmark."""
+    rows = chain.from_iterable(read_rows(one, BenchmarkSample) for one in answered)
+    return write_rows(rows, BenchmarkSample, step="benchmark_samples", parents=answered)
 
 
 @step(version="1")
@@ -84,19 +118,16 @@ def summarise_benchmarks(answered: tuple[DatasetRef, ...], notes: tuple[str, ...
     return write_rows(metrics, BenchmarkMetric, step="benchmark_metrics", parents=answered)
 
 
-def material_of(benchmark: Benchmark) -> Material:
-    """What lies on this machine for a benchmark, by its content.
+def material_of(benchmark: Benchmark, part: Part) -> Material:
+    """What lies on this machine for a task of a benchmark, by its content.
 
     Raises:
         BenchmarkError: lm-eval, or what IFEval needs beside it, is not installed.
     """
     version = harness.version()
     sentences = _sentences() if benchmark.task == "ifeval" else None
-    files = [
-        f"{name}/{split} {file_sha256(file)}"
-        for name, config in _parts(benchmark)
-        for split, file in sorted(_local(benchmark, config).items())
-    ]
+    local = sorted(_local(benchmark, part.config).items())
+    files = [f"{part.task}/{split} {file_sha256(file)}" for split, file in local]
     return Material(lm_eval=version, files=tuple(files), sentences=sentences)
 
 
@@ -128,29 +159,28 @@ def notes_of(benchmark: Benchmark) -> str:
     return ""
 
 
-def _tasks_of(benchmark: Benchmark) -> Iterator[harness.TaskToRun]:
-    known = KNOWN[benchmark.task]
-    for name, config in _parts(benchmark):
-        splits = _local(benchmark, config)
-        yield harness.TaskToRun(
-            name=name,
-            folder=known.folder,
-            documents=partial(_read, splits) if splits else None,
-            hub=f"data set {known.hub!r} was asked for; without a network, put its splits at "
-            f"{places(known.hub, config)} and name that folder in RATCHET_DATA",
-            revision=benchmark.revision,
-            shots=benchmark.shots_used,
-            limit=benchmark.limit,
-            max_completion_tokens=benchmark.max_completion_tokens,
-        )
+def _task_of(benchmark: Benchmark, part: Part) -> harness.TaskToRun:
+    known, splits = KNOWN[benchmark.task], _local(benchmark, part.config)
+    return harness.TaskToRun(
+        name=part.task,
+        folder=known.folder,
+        documents=partial(_read, splits) if splits else None,
+        hub=f"data set {known.hub!r} was asked for; without a network, put its splits at "
+        f"{places(known.hub, part.config)} and name that folder in RATCHET_DATA",
+        revision=benchmark.revision,
+        shots=benchmark.shots_used,
+        limit=benchmark.limit,
+        max_completion_tokens=benchmark.max_completion_tokens,
+    )
 
 
-def _parts(benchmark: Benchmark) -> list[tuple[str, str | None]]:
-    """(lm-eval's task, configuration of its data set), one unless the benchmark is a group."""
+def _parts(benchmark: Benchmark) -> list[Part]:
+    """One, unless the benchmark is a group."""
     known = KNOWN[benchmark.task]
     if known.tasks is None:
-        return [(benchmark.task, known.config)]
-    return [(name, name.removeprefix(known.tasks)) for name in harness.task_names(known.folder, known.tasks)]
+        return [Part(task=benchmark.task, config=known.config)]
+    names = harness.task_names(known.folder, known.tasks)
+    return [Part(task=name, config=name.removeprefix(known.tasks)) for name in names]
 
 
 def _local(benchmark: Benchmark, config: str | None) -> dict[str, Path]:
@@ -161,7 +191,8 @@ def _local(benchmark: Benchmark, config: str | None) -> dict[str, Path]:
 def _split_faults(benchmark: Benchmark) -> Iterator[str]:
     known = KNOWN[benchmark.task]
     wanted = [known.split, *([known.examples] if known.examples and benchmark.shots_used else [])]
-    for name, config in _parts(benchmark):
+    for part in _parts(benchmark):
+        name, config = part.task, part.config
         here = _local(benchmark, config)
         if missing := [split for split in wanted if here and split not in here]:
             yield (
@@ -180,24 +211,12 @@ def _read(splits: Mapping[str, Path]) -> Mapping[str, harness.Records]:
 
 
 def _answers(task: harness.TaskToRun, served: Engine, template: PromptTemplate | None) -> list[harness.Answer]:
-    last = 0.0
+    meter = Meter(0, 0, task.name, "requests")
 
     def tell(done: int, total: int) -> None:
-        nonlocal last
         raise_if_stopping()
-        if time.monotonic() - last >= 1.0 or done == total:
-            last = time.monotonic()
-            announce(
-                Progress(
-                    step=task.name,
-                    iteration=current_iteration(),
-                    done=done,
-                    total=total,
-                    tokens=0,
-                    reused=0,
-                    unit="requests",
-                )
-            )
+        meter.total = total
+        meter.add(rows=done - meter.done)
 
     return harness.run_task(task, served, template, tell)
 
@@ -229,6 +248,8 @@ def _sample(answer: harness.Answer, benchmark: Benchmark, policy: ModelRef) -> B
 def _sentences() -> str:
     """How IFEval tells sentences apart here; a plan downloads nothing."""
     root = os.environ.get("RATCHET_DATA")
-    may_download = current_plan() is None and os.environ.get("HF_HUB_OFFLINE") != "1"
     folders = [Path(root, "nltk_data")] if root else []
+    if current_plan() is not None:
+        return ifeval_libraries.sentence_model_here(folders)
+    may_download = os.environ.get("HF_HUB_OFFLINE") != "1"
     return ifeval_libraries.prepare_ifeval(folders, may_download=may_download)

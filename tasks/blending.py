@@ -10,10 +10,10 @@ from typing import Any, ClassVar, TypeVar
 from pydantic import Field, model_validator
 
 from models import fake_engine
-from models.chat import load_tokenizer, render_conversation
+from models.chat import chat_of, load_tokenizer, render_conversation
 from models.specs import ModelRef, Settings
 from storage.datasets import DatasetRef, read_rows, write_rows
-from storage.hub import Source, read_records, source_key, source_name
+from storage.hub import NotAtHand, Source, read_records, source_key, source_name
 from storage.rows import ChatPair, Conversation, Prompt
 from tasks import chats as rules
 from tasks.caching import log_counts, step
@@ -21,6 +21,7 @@ from tasks.chats import ChatColumns, ChatFilter, Content, Origin
 from tasks.contamination import Questions
 from tasks.guarding import Guard, Guarded
 from tasks.licences import doubt_about
+from tasks.selection import same_text
 from tasks.serving import local_model
 
 log = logging.getLogger("ratchet")
@@ -93,11 +94,12 @@ class PairMixture(Mixture):
     content: ClassVar[Content] = "pairs"
 
 
-def blend(mixture: Mixture, guard: Guard, policy: ModelRef) -> DatasetRef:
+def blend(mixture: Mixture, guard: Guard, policy: ModelRef, system: str | None = None) -> DatasetRef:
     """Conversation or ChatPair rows of all sources, by the kind of mixture.
 
     Args:
         policy: its tokenizer counts for filters.max_tokens.
+        system: what chats without a system text are trained with; it counts too.
     """
     for entry in mixture.sources:
         if entry.doubt:
@@ -109,9 +111,9 @@ def blend(mixture: Mixture, guard: Guard, policy: ModelRef) -> DatasetRef:
             )
     counts_tokens = any(entry.filters.max_tokens is not None for entry in mixture.sources)
     missing = tuple(name for name in guard.missing if name in mixture.apart_from)
-    counter = policy if counts_tokens else None
+    counter, spoken = (policy, system) if counts_tokens else (None, None)
     questions = tuple(guard.questions[name] for name in mixture.apart_from if name in guard.questions)
-    return mix_chats(mixture, mixture.content, questions, guard.held_out, missing, counter)
+    return mix_chats(mixture, mixture.content, questions, guard.held_out, missing, counter, spoken)
 
 
 @step(version="1")
@@ -122,6 +124,7 @@ def mix_chats(
     held_out: tuple[DatasetRef, ...],
     unchecked: tuple[str, ...],
     policy: ModelRef | None,
+    system: str | None,
 ) -> DatasetRef:
     """The rows of all sources in their order, each once.
 
@@ -129,8 +132,8 @@ def mix_chats(
         ValueError: a source lacks a column, or none of its rows is left.
     """
     asked = ((row.source, row.prompt) for ref in questions for row in read_rows(ref, Prompt))
-    prompts = {_same(row.prompt) for ref in held_out for row in read_rows(ref, Prompt)}
-    blending = _Blending(mixture, Questions(asked), prompts, token_counter(policy) if policy else None)
+    prompts = {same_text(row.prompt) for ref in held_out for row in read_rows(ref, Prompt)}
+    blending = _Blending(mixture, Questions(asked), prompts, token_counter(policy, system) if policy else None)
     if content == "conversations":
         mixed = write_rows(
             blending.rows(content, rules.read_conversation), Conversation, step="conversations", settings=mixture.key()
@@ -144,18 +147,20 @@ def mix_chats(
 
 
 def faults_of(mixture: Mixture) -> Iterator[str]:
-    """What is wrong with the sources of a mixture, found by reading the first row of each."""
-    for entry in mixture.sources:
-        name = source_name(entry.source)
+    """What is wrong with the sources of a mixture, found by reading the first row of each; the key comes first."""
+    for number, entry in enumerate(mixture.sources):
+        key, name = f"sources[{number}]", source_name(entry.source)
         try:
             first = next(read_records(entry.source), None)
+        except NotAtHand:  # a plan says so
+            continue
         except (ValueError, OSError) as error:
-            yield str(error)
+            yield f"{key}: {error}"
             continue
         if first is None:
-            yield f"{name} has no rows; see `rows` and `limit` of the source"
+            yield f"{key}: {name} has no rows; see `rows` and `limit` of the source"
         elif missing := rules.missing_columns(first[1], entry.columns, entry.filters, mixture.content):
-            yield f"{name} row {first[0]}: {missing}"
+            yield f"{key}: {name} row {first[0]}: {missing}"
 
 
 def first_prompt(mixture: Mixture) -> str:
@@ -169,22 +174,17 @@ def first_prompt(mixture: Mixture) -> str:
     raise ValueError(f"{source_name(entry.source)} has no sound row")
 
 
-def token_counter(policy: ModelRef) -> Callable[[list[str], list[str]], int]:
+def token_counter(policy: ModelRef, system: str | None) -> Callable[[list[str], list[str]], int]:
     """A function that counts the tokens of a whole chat, from roles and contents, as it is trained on."""
     local = local_model(policy)
     if fake_engine.is_fake(local.weights):
-        return lambda _, contents: sum(len(text.split()) for text in contents)
+        return lambda roles, contents: sum(len(one["content"].split()) for one in chat_of(roles, contents, system))
     tokenizer = load_tokenizer(local.weights, policy.chat_template, policy.trust_remote_code, revision=policy.revision)
 
     def count(roles: list[str], contents: list[str]) -> int:
-        messages = [{"role": role, "content": text} for role, text in zip(roles, contents, strict=True)]
-        return len(render_conversation(tokenizer, messages).ids)
+        return len(render_conversation(tokenizer, chat_of(roles, contents, system)).ids)
 
     return count
-
-
-def _same(text: str) -> str:
-    return " ".join(text.split())
 
 
 class _Blending:
@@ -235,7 +235,7 @@ class _Blending:
             return NOT_DRAWN
         if identity in self._seen:
             return "stands there more than once"
-        if any(_same(text) in self._held_out for text in texts):
+        if any(same_text(text) in self._held_out for text in texts):
             return "holds a prompt of dev or test"
         if benchmark := next(filter(None, map(self._questions.found_in, texts)), ""):
             return f"holds a question of {benchmark}"

@@ -6,6 +6,7 @@ just the same, only unseen.
 """
 
 import functools
+import importlib
 import inspect
 import logging
 import time
@@ -26,7 +27,7 @@ from models.specs import ModelRef, Settings
 from storage import checkpoints, datasets, results
 from storage.datasets import DatasetRef
 from storage.digests import digest_of
-from storage.hub import Source, source_key
+from storage.hub import NotAtHand, Source, source_key
 from storage.locks import exclusive
 from tasks.planning import PlannedStep, current_plan
 from tasks.recording import current_iteration, current_split, record_step
@@ -93,11 +94,14 @@ class Step(Generic[P, R]):
             return self._plan(plan, *args, **kwargs)
 
         def body() -> Outcome:
-            return self._run(*args, **kwargs)
+            return self.reuse_or_run(*args, **kwargs)
 
-        future = start_task(body, name=self.name, reads=_references([*args, *kwargs.values()]))
+        future = start_task(body, name=self.name, reads=references_in([*args, *kwargs.values()]))
         value: R = future.result()
         return value
+
+    def __reduce__(self) -> tuple[Callable[..., Any], tuple[str, str]]:
+        return _step_named, (self.fn.__module__, self.name)  # a Dask worker imports it, as this process did
 
     def lookup(self, *args: P.args, **kwargs: P.kwargs) -> Lookup:
         """Whether this call's result is stored and whole, without running anything."""
@@ -109,22 +113,45 @@ class Step(Generic[P, R]):
         found = results.find_result(self.name, key)
         if found is None:
             return Lookup(key, parts, None, "not done yet")
-        damage = what_is_wrong(self._returns.validate_python(found.value))
+        damage = what_is_wrong(self.returned(found), deep=current_plan() is None)
         return Lookup(key, parts, None if damage else found, damage or "")
+
+    def returned(self, found: results.StepResult) -> R:
+        """What a stored call of this step returned."""
+        return self._returns.validate_python(found.value)
 
     def _plan(self, plan: list[PlannedStep], *args: P.args, **kwargs: P.kwargs) -> R:
         """Note what this call would do; its value is the stored one, or a placeholder that nothing is stored for."""
         lookup = self.lookup(*args, **kwargs)
+        reads = [ref for ref in references_in([*args, *kwargs.values()]) if isinstance(ref, DatasetRef)]
         if lookup.found is not None:
-            value = self._returns.validate_python(lookup.found.value)
+            value = self.returned(lookup.found)
             rows = _shown(value).get("rows")
         else:
-            rows = self._rows(*args, **kwargs) if self._rows else None
+            unknown = {step.made.digest for step in plan if isinstance(step.made, DatasetRef) and step.rows is None}
+            rows = None if unknown & {ref.digest for ref in reads} else self._rows_at_most(*args, **kwargs)
             value = self._placeholder(lookup.key, rows)
-        reads = ", ".join(ref.step for ref in _references([*args, *kwargs.values()]) if isinstance(ref, DatasetRef))
-        planned = PlannedStep(self.name, current_iteration(), lookup.found is not None, lookup.missing, rows, reads)
+        bound = self._signature.bind(*args, **kwargs)
+        bound.apply_defaults()
+        planned = PlannedStep(
+            step=self.name,
+            iteration=current_iteration(),
+            cached=lookup.found is not None,
+            why=lookup.missing,
+            rows=rows,
+            reads=", ".join(ref.step for ref in reads),
+            split=current_split(),
+            arguments=bound.arguments,
+            made=value,
+        )
         plan.append(planned)
         return value
+
+    def _rows_at_most(self, *args: P.args, **kwargs: P.kwargs) -> int | None:
+        try:
+            return self._rows(*args, **kwargs) if self._rows else None
+        except NotAtHand:
+            return None
 
     def _placeholder(self, key: str, rows: int | None) -> R:
         returned = get_type_hints(self.fn)["return"]
@@ -136,7 +163,8 @@ class Step(Generic[P, R]):
         assert self._assumed is not None  # a step that returns neither says what a plan is to assume
         return self._assumed
 
-    def _run(self, *args: P.args, **kwargs: P.kwargs) -> Outcome:
+    def reuse_or_run(self, *args: P.args, **kwargs: P.kwargs) -> Outcome:
+        """The stored result, or a new one; in the task that is running, and not as one of its own."""
         lookup = self.lookup(*args, **kwargs)
         if lookup.found is None:
             with exclusive(f"step-{self.name}-{lookup.key[:24]}", wait_seconds=None):
@@ -144,7 +172,7 @@ class Step(Generic[P, R]):
                 if lookup.found is None:
                     return self._produce(lookup, *args, **kwargs)
         found = lookup.found
-        value = self._returns.validate_python(found.value)
+        value = self.returned(found)
         checkpoints.discard_scratch(lookup.key)  # of a run that was killed just after it recorded the result
         record_step(self.name, cached=True, key=lookup.key, seconds=0.0, counts=found.counts, **_shown(value))
         return Outcome(value, True, f"reused {self.name}/{lookup.key[:12]} of {found.finished_at}")
@@ -182,6 +210,11 @@ class Step(Generic[P, R]):
         again = lookup.missing.removeprefix("not done yet")  # `ratchet why` tells it
         record_step(self.name, key=lookup.key, seconds=seconds, counts=counts, detail=again, **_shown(value))
         return Outcome(value, False, "")
+
+
+def _step_named(module: str, name: str) -> "Step[Any, Any]":
+    importlib.import_module(module)
+    return STEPS[name]
 
 
 def step(
@@ -271,27 +304,32 @@ def key_part(value: object) -> object:
     raise TypeError(f"a step got {value!r}; it takes references, settings and plain values, so that its key is exact")
 
 
-def what_is_wrong(value: object) -> str | None:
-    """Why a stored result cannot be reused; None when all the data it refers to is whole."""
-    for reference in _references(value):
+def what_is_wrong(value: object, *, deep: bool = True) -> str | None:
+    """Why a stored result cannot be reused; None when all the data it refers to is whole.
+
+    Args:
+        deep: read all of it, for else a flipped byte would stay a hit; a plan looks at names and sizes only.
+    """
+    for reference in references_in(value):
         if isinstance(reference, DatasetRef):
-            damage = datasets.what_is_wrong(reference, deep=True)  # else a flipped byte would stay a hit
+            damage = datasets.what_is_wrong(reference, deep=deep)
         else:
             digests = [digest for digest in (reference.digest, reference.adapter) if digest and not reference.path]
-            told = (checkpoints.what_is_wrong_with_checkpoint(digest, deep=True) for digest in digests)
+            told = (checkpoints.what_is_wrong_with_checkpoint(digest, deep=deep) for digest in digests)
             damage = next(filter(None, told), None)
         if damage:
             return damage
     return None
 
 
-def _references(value: object) -> Sequence[DatasetRef | ModelRef]:
+def references_in(value: object) -> Sequence[DatasetRef | ModelRef]:
+    """The data sets and models inside of an argument or a result, at any depth."""
     if isinstance(value, DatasetRef | ModelRef):
         return [value]
     if isinstance(value, BaseModel):
-        return [found for name in type(value).model_fields for found in _references(getattr(value, name))]
+        return [found for name in type(value).model_fields for found in references_in(getattr(value, name))]
     if isinstance(value, tuple | list):
-        return [found for item in value for found in _references(item)]
+        return [found for item in value for found in references_in(item)]
     return []
 
 

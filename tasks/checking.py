@@ -1,13 +1,13 @@
 """What can be found wrong with an experiment before a model is loaded and anything is written."""
 
-import tempfile
+import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, TypeVar, runtime_checkable
 
 from pydantic import BaseModel
 
-from models.chat import load_tokenizer, messages_of, render_text, template_only
+from models.chat import load_tokenizer
 from models.engine import EngineConfigurationError
 from models.fake_engine import fake_skill
 from models.scripted_engine import read_script
@@ -21,14 +21,17 @@ from models.specs import (
     PromptTemplate,
     Sampling,
     Scripted,
+    TinyTraining,
 )
+from storage.arithmetic import check_enough
 from storage.home import home, home_name
-from storage.hub import Source
+from storage.hub import NotAtHand, Source, count_rows
 from storage.opening import what_is_wrong_with_store
 from tasks.benchmarking import benchmark_faults
 from tasks.benchmarks import Benchmarks
-from tasks.blending import Mixture, faults_of, first_prompt
+from tasks.blending import Mixture, faults_of
 from tasks.loading import demonstrations_of, prompts_of
+from tasks.spreading import cluster_faults
 
 T = TypeVar("T")
 
@@ -70,7 +73,7 @@ class ChecksItself(Protocol):
         """The first prompt as it is put to its models."""
 
     def faults(self) -> list[str]:
-        """Every fault, in words, that only this recipe can have."""
+        """Every fault, each in words after its key, that only this recipe can have."""
 
 
 class Splits(Protocol):
@@ -100,85 +103,90 @@ def reads_of_splits(config: Splits, *, examples: bool) -> list[Read]:
 
 
 def faults(config: Checkable) -> list[str]:
-    """Every fault of the experiment, in words; empty when it can be run."""
-    found = list(_home_faults())
+    """Every fault of the experiment, each in words after the key it is about; empty when it can be run."""
+    found = [*_home_faults(), *cluster_faults()]
     found += _source_faults(config)
-    found += [f"{name}: {fault}" for name, one in _parts(config, Mixture) for fault in faults_of(one)]
-    for name, model in _parts(config, ModelRef):
-        found += _model_faults(name, model, _engine_of(config, name))
+    found += [f"{name}.{fault}" for name, one in parts(config, Mixture) for fault in faults_of(one)]
+    for name, model in parts(config, ModelRef):
+        found += _model_faults(name, model, engine_of(config, name))
     if isinstance(config, ChecksItself):
         found += config.faults()
     if isinstance(config.engine, OpenAI):
-        found.append(
-            "engine.kind is 'openai', but an endpoint cannot serve the policies that are trained here; use 'vllm' "
-            "(endpoints serve judges and supervisors)"
-        )
+        found += _endpoint_faults(config, config.engine)
     if isinstance(config.engine, Scripted):
         found.append("engine.kind is 'scripted', but a script cannot be trained; it can serve as a supervisor")
-    for name, sampling in _parts(config, Sampling):
-        engine = _engine_of(config, name)
+    for name, sampling in parts(config, Sampling):
+        engine = engine_of(config, name)
         if isinstance(engine, VLLM):
             found += _length_faults(name, sampling, engine.max_model_len)
-    found += [fault for name, one in _parts(config, Optimization) for fault in _training_faults(name, one)]
-    found += [fault for _, one in _parts(config, Benchmarks) for fault in benchmark_faults(one)]
-    return found
+        found += _temperature_faults(name, sampling)
+    found += [fault for name, one in parts(config, Optimization) for fault in _training_faults(name, one)]
+    found += [f"{name}: {fault}" for name, one in parts(config, Benchmarks) for fault in benchmark_faults(one)]
+    return list(dict.fromkeys(found))
 
 
-def first_prompts(config: Checkable) -> dict[str, str]:
-    """The first training prompt as the engine will get it, for each way the experiment prompts a model."""
-    mixtures = [mixture for _, mixture in _parts(config, Mixture)]
-    if isinstance(config, ChecksItself):
-        prompt = config.first_prompt()
-    elif mixtures:
-        prompt = first_prompt(mixtures[0])
-    else:
-        prompt = next(iter(prompts_of(config.reads()[0].source))).prompt
-    return {label: _rendered(ref, template, prompt) for label, (ref, template) in config.templates().items()}
+def engine_of(config: Checkable, name: str) -> EngineSettings:
+    """The engine that the setting of this dotted name is for."""
+    return config.engine_of(name) if isinstance(config, ChecksItself) else config.engine
 
 
-def _rendered(ref: ModelRef | None, template: PromptTemplate, prompt: str) -> str:
-    messages = messages_of(template, prompt)
-    if ref is None:
-        from models.tiny import CHAT_TEMPLATE
-
-        return render_text(template_only(CHAT_TEMPLATE), messages)
-    if Path(ref.name).is_dir():
-        return render_text(load_tokenizer(ref.name, ref.chat_template, ref.trust_remote_code), messages)
-    if ref.chat_template is not None:
-        return render_text(template_only(ref.chat_template), messages)
-    told = "\n".join(f"[{message['role']}] {message['content']}" for message in messages)
-    return f"{told}\n(the tokenizer of {ref.name} is not on this machine; its chat template is put around this)"
+def parts(config: Any, kind: type[T], name: str = "") -> Iterator[tuple[str, T]]:
+    """All settings of one kind in a config, with their dotted names."""
+    if isinstance(config, kind):
+        yield name, config
+    if isinstance(config, BaseModel):
+        for field in type(config).model_fields:
+            yield from parts(getattr(config, field), kind, f"{name}.{field}".lstrip("."))
+    elif isinstance(config, tuple | list):
+        for number, item in enumerate(config):
+            yield from parts(item, kind, f"{name}[{number}]")
 
 
 def _home_faults() -> Iterator[str]:
     if wrong := what_is_wrong_with_store():
         yield wrong
     nearest = next(parent for parent in (home(), *home().parents) if parent.exists())
-    try:
-        tempfile.TemporaryDirectory(dir=nearest).cleanup()
-    except OSError as error:
+    if not nearest.is_dir() or not os.access(nearest, os.W_OK | os.X_OK):  # looked at only: a plan writes nothing
+        yield f"the home {home_name()} cannot be written; name another with --home or RATCHET_HOME, or make it writable"
+
+
+def _endpoint_faults(config: Checkable, engine: OpenAI) -> Iterator[str]:
+    if not engine.loads_adapters:
         yield (
-            f"the home {home_name()} cannot be written ({error.strerror}); "
-            "name another with --home or RATCHET_HOME, or make it writable"
+            "engine.kind is 'openai', but an endpoint cannot serve the policies that are trained here; use 'vllm' "
+            "(endpoints serve judges and supervisors), or adapters with engine.loads_adapters"
         )
+        return
+    for name, one in parts(config, Optimization):
+        if not isinstance(one, TinyTraining) and (one.lora is None or one.lora.merge):
+            yield f"{name}: endpoints are given adapters, not weights; set {name}.lora, and {name}.lora.merge: false"
 
 
 def _source_faults(config: Checkable) -> list[str]:
     found: list[str] = []
     owners: dict[str, str] = {}
+    if any(read.answers for read in config.reads()) and not config.marker.strip():
+        found.append("marker: is empty, but the final answer of a completion stands after it; name one")
     for read in config.reads():
         try:
             found += _row_faults(read, config.marker, owners)
+        except NotAtHand:  # a plan says so
+            continue
         except (ValueError, OSError) as error:
             found.append(f"{read.name}: {error}")
     return found
 
 
 def _row_faults(read: Read, marker: str, owners: dict[str, str]) -> Iterator[str]:
-    if read.completions:
+    made_up = read.source.arithmetic
+    if made_up is not None:  # every row has all it can have
+        check_enough(made_up)
+    elif read.completions:
         for _ in demonstrations_of(read.source, marker):
             pass
-    if not (read.answers or read.apart):
+    if not read.apart and (made_up is not None or not read.answers):
+        if not count_rows(read.source):
+            yield _no_rows(read.name)
         return
     count = 0
     for prompt in prompts_of(read.source):
@@ -193,11 +201,11 @@ def _row_faults(read: Read, marker: str, owners: dict[str, str]) -> Iterator[str
             )
             return
     if not count:
-        yield f"{read.name}: the source has no rows; see {read.name}.rows and {read.name}.limit"
+        yield _no_rows(read.name)
 
 
-def _engine_of(config: Checkable, name: str) -> EngineSettings:
-    return config.engine_of(name) if isinstance(config, ChecksItself) else config.engine
+def _no_rows(name: str) -> str:
+    return f"{name}: the source has no rows; see {name}.rows and {name}.limit"
 
 
 def _model_faults(name: str, ref: ModelRef, engine: EngineSettings) -> Iterator[str]:
@@ -223,6 +231,11 @@ def _model_faults(name: str, ref: ModelRef, engine: EngineSettings) -> Iterator[
             yield f"{name}: {error}"
     elif ref.name.startswith((".", "/", "~")) or ref.name.count("/") > 1:
         yield f"{name}.name: there is no folder {ref.name!r}; give a folder with model files, or a hub name"
+    elif isinstance(engine, VLLM) and ref.revision is None and ref.digest is None:
+        yield (
+            f"{name}.revision: is missing; {ref.name!r} may be another model tomorrow, and what is cached of this one "
+            "would be taken for its; pin a commit of the hub, or give a folder"
+        )
 
 
 def _length_faults(name: str, sampling: Sampling, limit: int) -> Iterator[str]:
@@ -233,19 +246,15 @@ def _length_faults(name: str, sampling: Sampling, limit: int) -> Iterator[str]:
         )
 
 
+def _temperature_faults(name: str, sampling: Sampling) -> Iterator[str]:
+    if sampling.temperature == 0 and sampling.rollouts_per_prompt > 1:
+        yield (
+            f"{name}.rollouts_per_prompt: is {sampling.rollouts_per_prompt} at temperature 0, where all rollouts of a "
+            "prompt are the same; set it to 1 or raise the temperature"
+        )
+
+
 def _training_faults(name: str, settings: Optimization) -> Iterator[str]:
     file = settings.accelerate_config
     if file is not None and not Path(file).is_file():
         yield f"{name}.accelerate_config: there is no file {file!r}; see deployments/accelerate/"
-
-
-def _parts(config: Any, kind: type[T], name: str = "") -> Iterator[tuple[str, T]]:
-    """All settings of one kind in a config, with their dotted names."""
-    if isinstance(config, kind):
-        yield name, config
-    if isinstance(config, BaseModel):
-        for field in type(config).model_fields:
-            yield from _parts(getattr(config, field), kind, f"{name}.{field}".lstrip("."))
-    elif isinstance(config, tuple | list):
-        for number, item in enumerate(config):
-            yield from _parts(item, kind, f"{name}[{number}]")

@@ -3,7 +3,7 @@
 import hashlib
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
 from models.chat import messages_of
@@ -11,12 +11,29 @@ from models.engine import Completion, Request
 from models.specs import EngineSettings, ModelRef, PromptTemplate, Sampling
 from storage.ledger import Ledger, LedgerWriter
 from storage.rows import Prompt, Rollout
-from tasks.recording import Progress, announce, current_iteration, current_split
+from tasks.answers import score_by_answer
+from tasks.recording import Progress, ShardProgress, announce, current_iteration, current_run, current_split
 from tasks.serving import raise_if_stopping, serve
 
 
 class ShardsFailed(RuntimeError):
     """Some shards failed and the others are done; running again does only those."""
+
+
+def tell_failed(errors: Mapping[int, BaseException], shards: int, *, kept: str, again: str) -> str:
+    """The message of a ShardsFailed: which failed, with the first errors, and what to do.
+
+    Args:
+        kept: what the others have, for instance "the rows of the others are kept".
+        again: what happens when the same command is run again.
+    """
+    first = "\n".join(
+        f"  shard {number}: {type(error).__name__}: {error}" for number, error in list(errors.items())[:3]
+    )
+    return (
+        f"{len(errors)} of {shards} shards failed: {sorted(errors)}; {kept}. First errors:\n{first}\n"
+        f"Run the same command again, or retry this flow run, and {again}."
+    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -29,22 +46,40 @@ class Job:
     engine: EngineSettings
     ledger: Ledger
     meter: "Meter"
+    wanted: dict[str, int]  # prompt_id -> mask of rollout indexes, in the ledger or not
 
 
 class Meter:
-    """Rows and tokens finished over all shards, announced about once a second."""
+    """Rows and tokens finished, of all shards and of each, announced about once a second."""
 
-    def __init__(self, total: int, reused: int, step: str = "sample_rollouts") -> None:
-        self.total, self.reused, self.step = total, reused, step
+    def __init__(self, total: int, reused: int, step: str = "sample_rollouts", unit: str = "rollouts") -> None:
+        self.total, self.reused, self.step, self.unit = total, reused, step, unit
         self.done, self.tokens = reused, 0
+        self._shards: dict[int, Tally] = {}
         self._lock = threading.Lock()
         self._announced = 0.0
 
-    def add(self, *, rows: int = 1, tokens: int = 0) -> None:
-        """Count rows that are finished, and the tokens that were written for them."""
+    def expect(self, shards: Mapping[int, "Tally"]) -> None:
+        """Know of shards, by number, that are to be drawn on top of what is known already."""
+        with self._lock:
+            self._shards |= shards
+            self.total += sum(tally.total for tally in shards.values())
+            self.reused += sum(tally.done for tally in shards.values())
+            self.done += sum(tally.done for tally in shards.values())
+
+    def add(self, *, rows: int = 1, tokens: int = 0, shard: int | None = None, matches: bool | None = None) -> None:
+        """Count rows that are finished, and the tokens that were written for them.
+
+        Args:
+            matches: whether the final answer is the gold one; None: there is none to compare with.
+        """
         with self._lock:
             self.done += rows
             self.tokens += tokens
+            if shard in self._shards:
+                tally = self._shards[shard]
+                tally.done, tally.tokens = tally.done + rows, tally.tokens + tokens
+                tally.compared, tally.matching = tally.compared + (matches is not None), tally.matching + bool(matches)
             now = time.monotonic()
             if now - self._announced < 1.0 and self.done < self.total:
                 return
@@ -57,8 +92,32 @@ class Meter:
                 tokens=self.tokens,
                 reused=self.reused,
                 split=current_split(),
+                unit=self.unit,
+                shards=tuple(tally.progress(number) for number, tally in self._shards.items()),
             )
         announce(progress)
+
+
+@dataclass(slots=True)
+class Tally:
+    """How far one shard is."""
+
+    done: int
+    total: int
+    tokens: int = 0
+    compared: int = 0
+    matching: int = 0
+
+    def progress(self, number: int) -> ShardProgress:
+        """As it is announced."""
+        return ShardProgress(
+            number=number,
+            done=self.done,
+            total=self.total,
+            tokens=self.tokens,
+            compared=self.compared,
+            matching=self.matching,
+        )
 
 
 @dataclass(slots=True)
@@ -68,6 +127,7 @@ class Shard:
     number: int
     prompts: list[Prompt]
     wanted: dict[str, int]  # prompt_id -> mask of rollout indexes not in the ledger
+    rows: int  # that it sees to, in the ledger or not
     attempts: int = field(default=0)
 
 
@@ -88,7 +148,8 @@ def draw(job: Job, shard: Shard) -> Iterator[Rollout]:
         for completion in engine.sample(requests, job.sampling):
             rollout = _rollout(completion, prompts, seeds[completion.key], job.policy)
             writer.add(rollout)
-            job.meter.add(tokens=completion.completion_tokens)
+            matches = _matches(rollout, prompts[rollout.prompt_id])
+            job.meter.add(tokens=completion.completion_tokens, shard=shard.number, matches=matches)
             yield rollout
             raise_if_stopping()
 
@@ -134,6 +195,17 @@ def rollout_seed(run_seed: int, prompt_id: str, rollout_index: int) -> int:
     """The seed of one rollout, below 2**53 so that JSON carries it exactly."""
     digest = hashlib.sha256(f"{run_seed}:{prompt_id}:{rollout_index}".encode()).digest()
     return int.from_bytes(digest[:8], "big") >> 11
+
+
+def _matches(rollout: Rollout, prompt: Prompt) -> bool | None:
+    """Whether the final answer is the gold one, to be shown while rollouts are drawn; None: there is nothing to go by.
+
+    What is undecided is no match, as selecting by answers would have it.
+    """
+    run = current_run()
+    if prompt.answer is None or run is None or not run.marker:
+        return None
+    return score_by_answer(rollout, prompt.answer, run.marker).reward == 1.0
 
 
 def _rollout(completion: Completion, prompts: dict[str, Prompt], seed: int, policy: ModelRef) -> Rollout:

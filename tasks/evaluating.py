@@ -8,11 +8,13 @@ from pydantic import Field, model_validator
 
 from models.specs import EngineSettings, ModelRef, PromptTemplate, Sampling, Settings
 from storage.datasets import DatasetRef, read_rows, write_rows
+from storage.hub import Source
 from storage.rows import EvaluatedPrompt, Metric, ScoredRollout
 from tasks.caching import step
 from tasks.headlining import AVERAGE
+from tasks.loading import load_prompts
 from tasks.metrics import evaluate_prompt, parse_strategy, summarise
-from tasks.promotion import Decision, Gate, decide, hold_to_benchmarks
+from tasks.promotion import Decision, Fall, Gate, Regression, decide, find_regression, hold_to_benchmarks
 from tasks.recording import split
 from tasks.sampling import sample_rollouts
 from tasks.scoring import score_answers
@@ -56,6 +58,11 @@ class Contender(NamedTuple):
     floor: DatasetRef | None = None  # the base's, which they may not be far below
 
 
+def load_held_out(dev: Source, test: Source) -> HeldOut:
+    """The prompts of both splits."""
+    return HeldOut(load_prompts(dev, without=()), load_prompts(test, without=()))
+
+
 def assess(
     policy: ModelRef,
     template: PromptTemplate,
@@ -82,7 +89,11 @@ def assess(
 
 @step(version="1")
 def evaluate_answers(scored: tuple[DatasetRef, ...], strategies: tuple[tuple[str, ...], ...]) -> DatasetRef:
-    """One row a prompt and strategy; the n-th strategies look at the n-th scored rollouts."""
+    """One row a prompt and strategy; the n-th strategies look at the n-th scored rollouts.
+
+    Raises:
+        ValueError: prompts have different numbers of rollouts, as adaptive sampling leaves them.
+    """
     rows = (
         evaluate_prompt(rollouts, parse_strategy(name))
         for reference, names in zip(scored, strategies, strict=True)
@@ -96,6 +107,15 @@ def evaluate_answers(scored: tuple[DatasetRef, ...], strategies: tuple[tuple[str
 def decide_promotion(challenger: DatasetRef, incumbent: DatasetRef, gate: Gate) -> Decision:
     """Whether the challenger replaces the incumbent, by a paired test on the dev split."""
     return decide(list(read_rows(challenger, EvaluatedPrompt)), list(read_rows(incumbent, EvaluatedPrompt)), gate)
+
+
+@step(version="1", assumed=Fall(False, "", 1.0, 0, 0, 0.0, 0.0))
+def look_for_regression(challenger: DatasetRef, incumbent: DatasetRef, gate: Gate, regression: Regression) -> Fall:
+    """Whether the challenger is significantly worse than the incumbent on the dev split."""
+    asked = gate.model_copy(update={"regression": regression})  # which is in no gate's key
+    return find_regression(
+        list(read_rows(challenger, EvaluatedPrompt)), list(read_rows(incumbent, EvaluatedPrompt)), asked
+    )
 
 
 @step(version="1", assumed=Decision(True, "not decided yet", 0.0, 0.0, 0.0, 1.0, 0))
@@ -122,5 +142,13 @@ def metrics_of(evaluated: DatasetRef, split: str, seed: int) -> list[Metric]:
 
 
 def _by_prompt(scored: DatasetRef) -> Iterator[Sequence[ScoredRollout]]:
-    for _, rollouts in groupby(read_rows(scored, ScoredRollout), key=lambda row: row.prompt_id):
-        yield list(rollouts)
+    number: int | None = None
+    for prompt_id, group in groupby(read_rows(scored, ScoredRollout), key=lambda row: row.prompt_id):
+        rollouts = list(group)
+        if number not in (None, len(rollouts)):
+            raise ValueError(
+                f"{scored.name} has {number} rollouts of its first prompt and {len(rollouts)} of {prompt_id}: sampling "
+                "that stops on what it finds is biased, and no figure is made of it; evaluate with as many of each"
+            )
+        number = len(rollouts)
+        yield rollouts

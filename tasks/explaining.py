@@ -19,8 +19,8 @@ from storage.experiments import Experiment, StepRecord, experiments
 from storage.home import home, home_name
 from storage.results import StepResult, find_result
 
-SAMPLING, GATHERING = "sample_rollouts", "gather_rollouts"  # the former draws into a ledger, the latter has the key
-KEYED_AS = {SAMPLING: GATHERING, "judge_rollouts": "gather_judged"}  # what is asked for -> the step that has its key
+SAMPLING, GATHERING = "sample_rollouts", ("gather_rollouts", "gather_allotted")  # draws into a ledger; has the key
+KEYED_AS = {SAMPLING: GATHERING, "judge_rollouts": ("gather_judged",)}  # what is asked for -> steps that have its key
 
 _DIGEST = re.compile(r"[0-9a-f]{32}")
 Verdict = Literal["first run", "reused", "same key", "changed", "unknown"]
@@ -93,7 +93,7 @@ def explain(step: str, experiment: str | None = None, iteration: int | None = No
     """
     chosen = _experiment_of(step, experiment)
     records = chosen.steps()
-    visits = _visits(records, KEYED_AS.get(step, step))
+    visits = _visits(records, KEYED_AS.get(step, (step,)))
     last_run = max((found for calls in visits.values() for found in calls), key=lambda visit: visit.number).record.run
     shown = {
         place: calls
@@ -125,7 +125,7 @@ def last_calls(records: Sequence[StepRecord]) -> dict[tuple[str, Place], StepRec
     steps = dict.fromkeys(record.step for record in records if record.key is not None)
     found: dict[tuple[str, Place], StepRecord] = {}
     for step in steps:
-        for place, calls in _visits(records, step).items():
+        for place, calls in _visits(records, (step,)).items():
             done = [visit.record for visit in calls if visit.record.state == "completed"]
             if done:
                 found[step, place] = done[-1]
@@ -138,8 +138,8 @@ def _experiment_of(step: str, name: str | None) -> Experiment:
     if not known:
         there = ", ".join(one.name for one in experiments()) or "none yet"
         raise ValueError(f"there is no experiment {name or ''!r} in {home_name()}; there are: {there}")
-    recorded = KEYED_AS.get(step, step)
-    ran = {one.name: max((r.at for r in one.steps() if r.step == recorded), default="") for one in known}
+    recorded = KEYED_AS.get(step, (step,))
+    ran = {one.name: max((r.at for r in one.steps() if r.step in recorded), default="") for one in known}
     chosen = max(known, key=lambda one: ran[one.name])
     if not ran[chosen.name]:
         steps = sorted({record.step for one in known for record in one.steps()})
@@ -147,8 +147,8 @@ def _experiment_of(step: str, name: str | None) -> Experiment:
     return chosen
 
 
-def _visits(records: Sequence[StepRecord], step: str) -> dict[Place, list[_Visit]]:
-    """Each call of a step, with its record in each run that made it, in order."""
+def _visits(records: Sequence[StepRecord], steps: Sequence[str]) -> dict[Place, list[_Visit]]:
+    """Each call of a step, or of one that stands for it, with its record in each run that made it, in order."""
     visits: dict[Place, list[_Visit]] = {}
     counts: Counter[tuple[str, int | None]] = Counter()
     drawn: Drawn | None = None
@@ -157,11 +157,11 @@ def _visits(records: Sequence[StepRecord], step: str) -> dict[Place, list[_Visit
             continue
         if record.step == SAMPLING:
             drawn = Drawn(in_ledger=record.counts.get("reused", 0), drawn=record.counts.get("drawn", 0))
-        if record.step == step:
+        if record.step in steps:
             counts[record.run, record.iteration] += 1
             place = Place(record.iteration, counts[record.run, record.iteration])
-            visits.setdefault(place, []).append(_Visit(number, record, drawn if step == GATHERING else None))
-        if record.step == GATHERING:
+            visits.setdefault(place, []).append(_Visit(number, record, drawn if record.step in GATHERING else None))
+        if record.step in GATHERING:
             drawn = None  # it belonged to this one
     return visits
 

@@ -8,7 +8,7 @@ from models.engine import EngineError
 from models.specs import Sampling
 from storage.ledger import SET_ASIDE, Ledger
 from storage.rows import Prompt, Rollout
-from tasks.drawing import Job, Shard, ShardsFailed, all_wanted, draw, missing, not_drawn, request_for
+from tasks.drawing import Job, Shard, ShardsFailed, draw, missing, not_drawn, request_for
 from tasks.serving import raise_if_stopping, serve
 
 log = logging.getLogger("ratchet")
@@ -36,9 +36,11 @@ def draw_apart(job: Job, shards: Sequence[Shard], prompts: dict[str, Prompt]) ->
     """
 
     def attempt(prompt_ids: Sequence[str]) -> Attempt:
-        wanted = dict.fromkeys(prompt_ids, all_wanted(job.sampling))
+        wanted = {name: job.wanted[name] for name in prompt_ids}
         try:
-            for _ in draw(job, Shard(-1, [prompts[name] for name in prompt_ids], missing(job, wanted))):
+            left = missing(job, wanted)
+            rows = sum(mask.bit_count() for mask in left.values())
+            for _ in draw(job, Shard(-1, [prompts[name] for name in prompt_ids], left, rows)):
                 pass
         except EngineError as error:
             raise_if_stopping()
@@ -50,7 +52,7 @@ def draw_apart(job: Job, shards: Sequence[Shard], prompts: dict[str, Prompt]) ->
     for name, error in failing_prompts(
         [row.prompt_id for shard in shards for row in shard.prompts], attempt, lambda: _works(job, prompts)
     ):
-        mask = missing(job, {name: all_wanted(job.sampling)})[name]
+        mask = missing(job, {name: job.wanted[name]})[name]
         rows += [not_drawn(job, prompts[name], index) for index in range(mask.bit_length()) if mask >> index & 1]
         told[name] = str(error)
         errors = [f"prompt {prompt_id}: {text}" for prompt_id, text in told.items()]

@@ -14,6 +14,7 @@ from models.specs import Settings
 from storage.rows import JudgedRollout, Pair, ScoredRollout, derive
 from tasks.answers import answer_group
 from tasks.judgements import sureness
+from tasks.pairs import pair_of
 
 
 class LabelFree(Settings):
@@ -74,21 +75,7 @@ def pair_by_confidence(
     (high, chosen), (low, rejected) = max(sides[0], key=itemgetter(0)), min(sides[1], key=itemgetter(0))
     if high - low < minimum_margin:
         return None, "pair below minimum_margin"
-    pair = Pair(
-        prompt_id=chosen.prompt_id,
-        iteration=iteration,
-        prompt=chosen.prompt,
-        chosen=chosen.completion,
-        rejected=rejected.completion,
-        chosen_index=chosen.rollout_index,
-        rejected_index=rejected.rollout_index,
-        chosen_reward=high,
-        rejected_reward=low,
-        margin=high - low,
-        rule="confidence",
-        swapped=False,
-    )
-    return pair, "paired"
+    return pair_of(chosen, rejected, (high, low), "confidence", iteration), "paired"
 
 
 def _by_majority(rows: Sequence[JudgedRollout], settings: LabelFree) -> dict[int, tuple[float | None, str]]:

@@ -1,5 +1,6 @@
 """What an experiment made, and from what: data sets by the steps that made them, by kind, by parents."""
 
+import contextlib
 from collections.abc import Iterator, Sequence
 from functools import cached_property
 from typing import Any, Literal, NamedTuple, TypeVar
@@ -8,7 +9,7 @@ from models.specs import ModelRef
 from storage.datasets import DatasetError, DatasetRef, Manifest, read_manifest
 from storage.experiments import Experiment, IterationRecord, StepRecord
 from storage.finding import rows_of_prompt
-from storage.results import find_result
+from storage.results import StepResult, find_result
 from storage.rows import Row
 from tasks.explaining import last_calls, references_in
 
@@ -30,14 +31,19 @@ class Sources:
         self.name = experiment.name
         self.iterations: Sequence[IterationRecord] = experiment.iterations()
         self.gaps: list[str] = []
-        self._records = _records_that_count(experiment)
+        self._records = records_that_count(experiment)
         self._manifests: dict[DatasetRef, Manifest | None] = {}
+
+    @cached_property
+    def made(self) -> list[tuple[StepRecord, StepResult]]:
+        """What is stored of each step: its inputs, and what it returned."""
+        found = [(record, find_result(record.step, record.key)) for record in self._records if record.key]
+        return [(record, result) for record, result in found if result is not None]
 
     @cached_property
     def results(self) -> list[tuple[StepRecord, list[DatasetRef | ModelRef]]]:
         """The references that each step returned."""
-        found = [(record, find_result(record.step, record.key)) for record in self._records if record.key]
-        return [(record, list(references_in(result.value))) for record, result in found if result is not None]
+        return [(record, list(references_in(result.value))) for record, result in self.made]
 
     def held(self, row_type: type[Row]) -> list[Held]:
         """Data sets of one row type, each once, in the order they were made."""
@@ -107,7 +113,22 @@ class Sources:
                 self._climb(parent, role, found)
 
 
-def _records_that_count(experiment: Experiment) -> list[StepRecord]:
+def nearest(ref: DatasetRef, row_type: type[Row]) -> Iterator[DatasetRef]:
+    """The data sets of one row type that a data set was made from, without what they were made from; each once."""
+    seen, left = set[DatasetRef](), [ref]
+    while left:
+        one = left.pop(0)
+        if one in seen:
+            continue
+        seen.add(one)
+        if one.row_type == row_type.__name__:
+            yield one
+            continue
+        with contextlib.suppress(DatasetError):  # removed since
+            left += read_manifest(one).parents
+
+
+def records_that_count(experiment: Experiment) -> list[StepRecord]:
     """The steps of the last run; where it is not finished, those of earlier runs where it has not been yet."""
     state, records = experiment.state(), experiment.steps()
     if state.state == "finished":

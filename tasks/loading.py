@@ -10,7 +10,7 @@ from pathlib import Path
 from models.specs import ModelRef
 from storage.checkpoints import folder_digest
 from storage.datasets import DatasetRef, read_rows, write_rows
-from storage.hub import Source, SourceRow, read_source, source_key, source_name
+from storage.hub import Source, SourceRow, count_rows, read_source, source_key, source_name
 from storage.rows import Demonstration, Prompt
 from tasks.answers import is_readable
 from tasks.caching import log_counts, step
@@ -18,7 +18,7 @@ from tasks.prompts import prompt_id
 
 
 def _rows_left(source: Source, without: tuple[str, ...]) -> int:
-    return sum(1 for _ in prompts_of(source)) - len(without)
+    return count_rows(source) - len(without)
 
 
 @step(version="1", rows=_rows_left)
@@ -30,7 +30,7 @@ def load_prompts(source: Source, without: tuple[str, ...]) -> DatasetRef:
     return write_rows(prompts, Prompt, step="prompts", settings=source_key(source))
 
 
-@step(version="2", rows=lambda source, marker: sum(1 for _ in read_source(source)))
+@step(version="2", rows=lambda source, marker: count_rows(source))
 def load_demonstrations(source: Source, marker: str) -> DatasetRef:
     """The prompts of a source with the completions it has for them."""
     return write_rows(demonstrations_of(source, marker), Demonstration, step="corpus", settings=source_key(source))

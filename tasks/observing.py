@@ -82,10 +82,10 @@ class _Bar:
         seconds = max(time.monotonic() - self.since, 0.1)
         speed = (event.done - self.done_before) / seconds
         left = f", about {(event.total - event.done) / speed:,.0f} s left" if speed and event.done < event.total else ""
-        told = (
-            f"{self.name}: {event.done:,} of {event.total:,} rows ({event.reused:,} were there), "
-            f"{speed:,.1f} rows/s, {event.tokens / seconds:,.0f} tokens/s{left}"
-        )
+        there = f" ({event.reused:,} were there)" if event.reused else ""
+        more = event.detail or f"{event.tokens / seconds:,.0f} tokens/s"
+        rows = f"{event.done:,} of {event.total:,} {event.unit}{there}"
+        told = f"{self.name}: {rows}, {speed:,.1f} a second, {more}{left}"
         percent = 100.0 * event.done / max(event.total, 1)
         if self.artifact is None:
             made = create_progress_artifact(percent, key=_artifact_key(self.name), description=told)
@@ -100,6 +100,16 @@ def name_flow_run(name: str) -> None:
     if flow is not None and flow.flow_run is not None:
         with _only_shown(), get_client(sync_client=True) as client:
             client.update_flow_run(flow.flow_run.id, name=name)
+
+
+def pause_deployment() -> None:
+    """Have no more runs scheduled of the deployment that this flow run is of. Of none, nothing."""
+    flow = FlowRunContext.get()
+    if flow is None or flow.flow_run is None or flow.flow_run.deployment_id is None:
+        return
+    with _only_shown(), get_client(sync_client=True) as client:
+        client.pause_deployment(flow.flow_run.deployment_id)
+        log.warning("the deployment is paused; turn it on again in the UI once this is settled")
 
 
 def publish_iteration(experiment: str, record: IterationRecord) -> None:

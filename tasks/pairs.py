@@ -14,6 +14,8 @@ from models.specs import Settings
 from storage.rows import Demonstration, Pair, Rollout, ScoredRollout
 from tasks.selection import same_text
 
+Written = Demonstration | Rollout | ScoredRollout
+
 
 class Pairing(Settings):
     """How pairs are put together.
@@ -80,7 +82,10 @@ def pair_rollouts(scored: Sequence[ScoredRollout], settings: Pairing, iteration:
         drops["over max_loop"] += longer - rounds
     in_step = ((chosen[n % len(chosen)], rejected[n % len(rejected)]) for n in range(rounds))
     sound = (pair for pair in in_step if _is_sound(*pair, settings, drops))
-    pairs = [_pair(*sides, settings.rule, iteration) for sides in islice(sound, settings.max_per_prompt)]
+    pairs = [
+        pair_of(*sides, (_reward(sides[0]), _reward(sides[1])), settings.rule, iteration)
+        for sides in islice(sound, settings.max_per_prompt)
+    ]
     if settings.rule == "zip":
         drops["pair over max_per_prompt"] += sum(1 for _ in sound)
     return Paired(pairs, +drops)
@@ -109,9 +114,30 @@ def pair_with_gold(demonstration: Demonstration, rollouts: Sequence[Rollout], it
         elif text in seen:
             drops["duplicate"] += 1
         else:
-            pairs.append(_gold_pair(demonstration, row, iteration))
+            pairs.append(pair_of(demonstration, row, (demonstration.reward, None), "gold", iteration))
         seen.add(text)
     return Paired(pairs, drops)
+
+
+def pair_of(
+    chosen: Written, rejected: Written, rewards: tuple[float | None, float | None], rule: str, iteration: int
+) -> Pair:
+    """A pair of two completions of one prompt. `rewards`: of the chosen and of the rejected, None: unknown."""
+    good, bad = rewards
+    return Pair(
+        prompt_id=chosen.prompt_id,
+        iteration=iteration,
+        prompt=chosen.prompt,
+        chosen=chosen.completion,
+        rejected=rejected.completion,
+        chosen_index=chosen.rollout_index,
+        rejected_index=rejected.rollout_index,
+        chosen_reward=good,
+        rejected_reward=bad,
+        margin=None if good is None or bad is None else good - bad,
+        rule=rule,
+        swapped=False,
+    )
 
 
 def swap(pair: Pair) -> Pair:
@@ -172,37 +198,3 @@ def _is_sound(chosen: ScoredRollout, rejected: ScoredRollout, settings: Pairing,
 def _reward(row: ScoredRollout) -> float:
     assert row.reward is not None  # _usable has dropped the undecided
     return row.reward
-
-
-def _pair(chosen: ScoredRollout, rejected: ScoredRollout, rule: str, iteration: int) -> Pair:
-    return Pair(
-        prompt_id=chosen.prompt_id,
-        iteration=iteration,
-        prompt=chosen.prompt,
-        chosen=chosen.completion,
-        rejected=rejected.completion,
-        chosen_index=chosen.rollout_index,
-        rejected_index=rejected.rollout_index,
-        chosen_reward=chosen.reward,
-        rejected_reward=rejected.reward,
-        margin=_reward(chosen) - _reward(rejected),
-        rule=rule,
-        swapped=False,
-    )
-
-
-def _gold_pair(demonstration: Demonstration, rollout: Rollout, iteration: int) -> Pair:
-    return Pair(
-        prompt_id=demonstration.prompt_id,
-        iteration=iteration,
-        prompt=demonstration.prompt,
-        chosen=demonstration.completion,
-        rejected=rollout.completion,
-        chosen_index=demonstration.rollout_index,
-        rejected_index=rollout.rollout_index,
-        chosen_reward=demonstration.reward,
-        rejected_reward=None,
-        margin=None,
-        rule="gold",
-        swapped=False,
-    )

@@ -11,6 +11,20 @@ from storage.rows import EvaluatedPrompt
 from tasks.metrics import PairedDifference, paired_difference
 
 
+class Regression(Settings):
+    """When a policy is so surely worse than the one it was to replace that a person is to look before there is more.
+
+    The gate keeps such a policy from being used, so a run that someone watches goes on; a schedule, which nobody does,
+    would spend its nights on what went wrong.
+    """
+
+    not_in_key = frozenset({"stops"})
+
+    alpha: float = Field(default=0.01, gt=0, lt=1)  # of the one-sided test; strict, for it is made every iteration
+    minimum_drop: float = Field(default=0.0, ge=0, lt=1)  # as a share; a smaller drop is none
+    stops: Literal["schedules", "every run"] = "schedules"
+
+
 class Gate(Settings):
     """When a new policy stands.
 
@@ -19,12 +33,27 @@ class Gate(Settings):
     Whatever of these is asked for, `maximum_benchmark_drop` holds too where benchmarks are run: as measured, no test.
     """
 
+    not_in_key = frozenset({"regression"})  # whether to go on, not who stands; a step of its own finds it
+
     promote: Literal["better", "not_worse", "always"] = "better"
     strategy: str = "mean@1"
     alpha: float = Field(default=0.05, gt=0, lt=1)  # of the one-sided test
     maximum_drop: float = Field(default=0.01, ge=0, le=1)  # as a share: 0.01 is one point
     maximum_benchmark_drop: float | None = Field(default=None, ge=0, le=1)  # of any benchmark below the base's figure
     seed: int = Field(default=0, ge=0)  # of the resampling
+    regression: Regression | None = Regression()  # None: no policy is so bad that anything stops
+
+
+class Fall(NamedTuple):
+    """Whether a policy is significantly worse than the incumbent, and what that looks like."""
+
+    found: bool
+    reason: str  # a sentence; empty where nothing was found
+    p_value: float  # one-sided, that it is no worse
+    fell: int  # prompts
+    rose: int
+    undecided_before: float  # share of the rollouts that had no answer to score
+    undecided_after: float
 
 
 class Decision(NamedTuple):
@@ -45,17 +74,31 @@ def decide(candidate: Sequence[EvaluatedPrompt], incumbent: Sequence[EvaluatedPr
     Raises:
         ValueError: a side has no row of the strategy or two of one prompt, or the sides have different prompts.
     """
-    new, old = _by_prompt(candidate, gate, "candidate"), _by_prompt(incumbent, gate, "incumbent")
-    if new.keys() != old.keys():
-        raise ValueError(
-            f"the gate compares the same prompts, but the candidate has {len(new)} and the incumbent {len(old)}, of "
-            f"which {len(new.keys() & old.keys())} are shared; evaluate both on one dev split"
-        )
-    prompt_ids = sorted(new)
-    paired = paired_difference([new[one] for one in prompt_ids], [old[one] for one in prompt_ids], gate.seed)
+    new, old = _values(candidate, incumbent, gate)
+    paired = paired_difference(new, old, gate.seed)
     promoted = _passes(paired, gate)
-    before, after = sum(old.values()) / len(old), sum(new.values()) / len(new)
-    return Decision(promoted, _sentence(paired, before, after, gate, promoted=promoted), *paired)
+    return Decision(promoted, _sentence(paired, mean(old), mean(new), gate, promoted=promoted), *paired)
+
+
+def find_regression(candidate: Sequence[EvaluatedPrompt], incumbent: Sequence[EvaluatedPrompt], gate: Gate) -> Fall:
+    """Whether the candidate is significantly worse, by the gate's strategy and the same paired test turned round.
+
+    Raises:
+        ValueError: as `decide`.
+    """
+    assert gate.regression is not None  # else nobody asks
+    after, before = _values(candidate, incumbent, gate)
+    paired = paired_difference(before, after, gate.seed)
+    fall = Fall(
+        found=paired.difference > gate.regression.minimum_drop and paired.p_value < gate.regression.alpha,
+        reason="",
+        p_value=paired.p_value,
+        fell=sum(is_now < was for was, is_now in zip(before, after, strict=True)),
+        rose=sum(is_now > was for was, is_now in zip(before, after, strict=True)),
+        undecided_before=_undecided(incumbent, gate),
+        undecided_after=_undecided(candidate, gate),
+    )
+    return fall._replace(reason=_regression_sentence(fall, mean(before), mean(after), gate)) if fall.found else fall
 
 
 def hold_to_benchmarks(
@@ -82,11 +125,39 @@ def hold_to_benchmarks(
     return decision._replace(promoted=False, reason=f"Not promoted: {told}. Otherwise: {said}")
 
 
+def _undecided(rows: Sequence[EvaluatedPrompt], gate: Gate) -> float:
+    of_strategy = [row for row in rows if row.strategy == gate.strategy]
+    return sum(row.undecided for row in of_strategy) / max(1, sum(row.rollouts for row in of_strategy))
+
+
+def _regression_sentence(fall: Fall, before: float, after: float, gate: Gate) -> str:
+    assert gate.regression is not None
+    return (
+        f"Significantly worse: {gate.strategy} fell from {100 * before:.1f} % to {100 * after:.1f} % on the dev split "
+        f"(one-sided p = {fall.p_value:.2g}, below {gate.regression.alpha:g}); {fall.fell:,} prompts fell and "
+        f"{fall.rose:,} rose; rollouts without an answer to score went from {100 * fall.undecided_before:.1f} % to "
+        f"{100 * fall.undecided_after:.1f} %."
+    )
+
+
 def _documents(rows: Sequence[EvaluatedPrompt]) -> dict[str, dict[str, float]]:
     by_name: dict[str, dict[str, float]] = {}
     for row in rows:
         by_name.setdefault(row.strategy, {})[row.prompt_id] = row.value
     return by_name
+
+
+def _values(
+    candidate: Sequence[EvaluatedPrompt], incumbent: Sequence[EvaluatedPrompt], gate: Gate
+) -> tuple[list[float], list[float]]:
+    """The candidate's and the incumbent's values, of the same prompts in the same order."""
+    new, old = _by_prompt(candidate, gate, "candidate"), _by_prompt(incumbent, gate, "incumbent")
+    if new.keys() != old.keys():
+        raise ValueError(
+            f"the gate compares the same prompts, but the candidate has {len(new)} and the incumbent {len(old)}, of "
+            f"which {len(new.keys() & old.keys())} are shared; evaluate both on one dev split"
+        )
+    return [new[one] for one in sorted(new)], [old[one] for one in sorted(new)]
 
 
 def _by_prompt(rows: Sequence[EvaluatedPrompt], gate: Gate, side: str) -> dict[str, float]:

@@ -3,7 +3,7 @@
 from typing import NamedTuple
 
 from models.specs import PromptTemplate
-from storage.hub import Source
+from storage.hub import NotAtHand, Source
 from tasks.loading import demonstrations_of
 from tasks.prompts import FewShot, draw_examples, few_shot_template
 
@@ -19,5 +19,8 @@ def first_template(template: PromptTemplate, few_shot: FewShot | None, train: So
     """The given template, behind worked examples if there are to be any."""
     if few_shot is None:
         return FirstTemplate(template, ())
-    examples = draw_examples(list(demonstrations_of(train, marker)), few_shot)
+    try:
+        examples = draw_examples(list(demonstrations_of(train, marker)), few_shot)
+    except NotAtHand:  # in a plan only, which says so
+        return FirstTemplate(template, ())
     return FirstTemplate(few_shot_template(template, examples, few_shot), tuple(row.prompt_id for row in examples))

@@ -18,15 +18,28 @@ from prefect.context import FlowRunContext
 from storage.experiments import Experiment, StepRecord, now
 from storage.locks import exclusive
 from storage.opening import open_home
-from tasks.observing import ProgressArtifacts, name_flow_run
+from tasks.observing import ProgressArtifacts, name_flow_run, pause_deployment
 from tasks.planning import current_plan
 from tasks.serving import stop
+from tasks.surroundings import surroundings
 
 log = logging.getLogger("ratchet")
 
 _RUN: ContextVar["Run | None"] = ContextVar("run", default=None)
 _ITERATION: ContextVar[int | None] = ContextVar("iteration", default=None)
 _SPLIT: ContextVar[str | None] = ContextVar("split", default=None)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ShardProgress:
+    """Rows finished so far of one shard."""
+
+    number: int
+    done: int
+    total: int
+    tokens: int
+    compared: int  # rollouts drawn whose prompt has a gold answer
+    matching: int  # of these, those with that answer: what an answer match would keep
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -41,6 +54,8 @@ class Progress:
     reused: int  # of `done`, rows that were there already
     split: str | None = None
     unit: str = "rollouts"  # what is counted
+    shards: tuple[ShardProgress, ...] = ()  # of a step that has any
+    detail: str = ""  # more of how it goes, for instance a training's loss
 
 
 Listener = Callable[[StepRecord | Progress], None]
@@ -50,15 +65,20 @@ _listeners: list[Listener] = []
 class Run:
     """One run of an experiment in this process."""
 
-    def __init__(self, experiment: Experiment, *, advance: bool) -> None:
+    def __init__(self, experiment: Experiment, *, advance: bool, marker: str = "") -> None:
         self.id = uuid.uuid4().hex[:12]
         self.experiment = experiment
+        self.marker = marker  # before final answers; empty: completions have none
         self.advance = advance  # end after the first iteration that has something to do
         self.fresh: set[int | None] = set()  # iterations in which a step was done and not reused
 
 
 class Advanced(Exception):  # no error: it leaves a flow that has done the iteration it was to do
     """The run has done one more iteration, which is all it was asked for."""
+
+
+class Halted(RuntimeError):
+    """The run ends here until a person has looked; running again ends here again, and costs next to nothing."""
 
 
 def current_run() -> Run | None:
@@ -87,16 +107,23 @@ def experiment_run(name: str, config: Mapping[str, Any], *, advance: bool = Fals
         return
     with exclusive(f"experiment-{name}", wait_seconds=0):
         open_home()
-        run = Run(experiment, advance=advance)
+        run = Run(experiment, advance=advance, marker=str(config.get("marker") or ""))
         flow = FlowRunContext.get()
         flow_run_id = str(flow.flow_run.id) if flow is not None and flow.flow_run is not None else None
-        experiment.begin(run.id, config, flow_run_id=flow_run_id)
+        experiment.begin(run.id, config, flow_run_id=flow_run_id, surroundings=surroundings())
         token = _RUN.set(run)
         try:
             with contextlib.nullcontext() if flow is None else listening(ProgressArtifacts(name)):
                 yield experiment
         except Advanced:
             experiment.end("advanced")
+        except Halted as halted:
+            from tasks.reporting import publish_report  # the one place here that needs it
+
+            experiment.end("halted", str(halted))
+            pause_deployment()
+            publish_report(experiment)
+            raise
         except Exception as error:
             experiment.end("failed", f"{type(error).__name__}: {error}")
             raise

@@ -1,40 +1,44 @@
-"""An experiment's records and data sets -> HTML, JSON and Prefect artifacts. Everything is read from the home."""
+"""An experiment's records and data sets -> report.html, the same facts as report.json and Parquet, Prefect artifacts.
 
-import io
+experiments/<name>/report.html          one page that loads nothing, for any screen, light or dark
+experiments/<name>/report.json          what `ratchet status --json` says, and all tables of the report
+experiments/<name>/report/<table>.parquet   the tables, typed as storage/report_rows.py says
+"""
+
 import json
-import textwrap
-from collections.abc import Iterator, Sequence
-from itertools import islice
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
+
+import yaml
 
 from storage.committing import put_file
-from storage.datasets import DatasetError, DatasetRef, read_rows
 from storage.experiments import Experiment, IterationRecord
-from storage.rows import ScoredRollout
+from storage.report_rows import TABLES, ReportedOrigin, parquet_of, plain
+from tasks import charts
+from tasks.assembling import Report, assemble
+from tasks.costs import calls
+from tasks.figures import Chart
+from tasks.notices import notices, summary
 from tasks.observing import publish_markdown
 from tasks.planning import current_plan
-from tasks.tables import calibration_table, held_out_losses, pair_table, published_rows, training_metrics
+from tasks.tables import calibration_table, held_out_losses, pair_table
 from tasks.yields import yields
 
-SAMPLES_OF_A_KIND = 2
-LABEL_WIDTH = 16  # characters of a policy's label in a plot, in a line
-KINDS = {1.0: "right", 0.0: "wrong", None: "undecided"}
-
-
-class Sample(NamedTuple):
-    """A rollout shown in the report."""
-
-    label: str
-    kind: str
-    row: ScoredRollout
+SHOWN_STEPS = 400  # of the last run, in the page; report.json has all
+SHOWN_ALIKE = 8  # things that one step made in one iteration for one split: shards, mostly
+SHOWN_PARENTS = 12
 
 
 def write_report(experiment: Experiment) -> Path:
-    """Write report.html and report.json into the experiment's folder; the path of the former."""
+    """Write report.html, report.json and the tables into the experiment's folder; the path of the first."""
+    report = assemble(experiment)
+    for name, rows in report.tables.items():
+        put_file(experiment.folder / "report" / f"{name}.parquet", parquet_of(rows, TABLES[name]), replace=True)
+    put_file(experiment.folder / "report.json", json.dumps(told(experiment, report), indent=1), replace=True)
     html = experiment.folder / "report.html"
-    put_file(html, render(experiment), replace=True)
-    put_file(experiment.folder / "report.json", json.dumps(facts(experiment), indent=1), replace=True)
+    put_file(html, render(report), replace=True)
     return html
 
 
@@ -43,13 +47,14 @@ def publish_report(experiment: Experiment) -> None:
     if current_plan() is not None:
         return
     path = write_report(experiment)
-    rows = [f"| {record.label} | {_told(record)} | {_decided(record)} |" for record in experiment.iterations()]
+    rows = [f"| {record.label} | {_figures(record)} | {_decided(record)} |" for record in experiment.iterations()]
     table = "\n".join(["| policy | test, % | gate |", "|---|---|---|", *rows])
-    publish_markdown(experiment.name, f"# {experiment.name}\n\n{table}\n\nThe whole report: `{path}`\n")
+    gist = "\n\n".join([f"# {experiment.name}", *summary(experiment.iterations()), table])
+    publish_markdown(experiment.name, f"{gist}\n\nThe whole report: `{path}`\n")
 
 
 def facts(experiment: Experiment) -> dict[str, Any]:
-    """What `ratchet status --json` and report.json say of an experiment (DESIGN 11)."""
+    """What `ratchet status --json` says of an experiment (DESIGN 11)."""
     state = experiment.state()
     return {
         "experiment": experiment.name,
@@ -78,60 +83,98 @@ def facts(experiment: Experiment) -> dict[str, Any]:
     }
 
 
-def render(experiment: Experiment) -> str:
+def told(experiment: Experiment, report: Report) -> dict[str, Any]:
+    """What report.json says: the facts, the summary, the notices, the settings and every table as rows."""
+    return {
+        **facts(experiment),
+        "summary": list(summary(report.iterations)),
+        "notices": list(notices(report.state, report.iterations, report.tables, report.gaps)),
+        "settings": report.config,
+        "tables": {name: [plain(row) for row in rows] for name, rows in report.tables.items()},
+    }
+
+
+def render(report: Report) -> str:
     """The report as one self-contained HTML page."""
     from jinja2 import Environment
 
-    iterations = experiment.iterations()
-    config = experiment.config()
-    page = Environment(autoescape=True).from_string(Path(__file__).with_name("report.html").read_text())
+    environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
+    environment.filters |= {"percent": _percent, "count": _count, "duration": duration, "short": _short}
+    page = environment.from_string(Path(__file__).with_name("report.html").read_text())
+    last_run = list(calls(record for record in report.steps if record.run == report.state.run))
+    lineage = shown_lineage([row for row in report.tables["lineage"] if isinstance(row, ReportedOrigin)])
     return page.render(
-        name=experiment.name,
-        recipe=config.get("recipe", ""),
-        state=experiment.state(),
-        summary=_summary(iterations),
-        strategies=strategies(iterations),
-        iterations=iterations,
-        percent=lambda share: f"{100 * share:.1f}",
-        accuracy_plot=_accuracy_plot(iterations),
-        loss_plot=_loss_plot(iterations),
-        published=published_rows(config, iterations),
-        published_of=config.get("published_of"),
-        yields=yields(config, experiment.steps(run=experiment.state().run)),
-        calibrations=[(record.label, table) for record in iterations if (table := calibration_table(record))],
-        held_out_losses=list(held_out_losses(iterations)),
-        pairs=[(record.label, told) for record in iterations if (told := pair_table(record))],
-        samples=[sample for record in iterations for sample in _samples(record)],
-        steps=experiment.steps(run=experiment.state().run),
-        config=json.dumps(config, indent=1),
-        references=json.dumps({i.label: {"policy": i.policy, **i.references} for i in iterations}, indent=1),
+        report=report,
+        name=report.experiment,
+        config=report.config,
+        state=report.state,
+        iterations=report.iterations,
+        tables=report.tables,
+        summary=list(summary(report.iterations)),
+        notices=list(notices(report.state, report.iterations, report.tables, report.gaps)),
+        strategies=list(dict.fromkeys(one for record in report.iterations for one in record.metrics)),
+        charts=_charts(report.tables),
+        yields=yields(report.config, [record for record in report.steps if record.run == report.state.run]),
+        calibrations=[(record.label, table) for record in report.iterations if (table := calibration_table(record))],
+        held_out_losses=list(held_out_losses(report.iterations)),
+        pairs=[(record.label, sides) for record in report.iterations if (sides := pair_table(record))],
+        lineage=lineage,
+        lineage_left_out=len(report.tables["lineage"]) - len(lineage),
+        made={row.name for row in lineage},
+        shown_parents=SHOWN_PARENTS,
+        kept_apart=_kept_apart(report),
+        steps=last_run[-SHOWN_STEPS:],
+        steps_left_out=max(0, len(last_run) - SHOWN_STEPS),
+        settings=yaml.safe_dump(report.config, sort_keys=False, allow_unicode=True, width=100),
     )
 
 
-def strategies(iterations: Sequence[IterationRecord]) -> list[str]:
-    """All strategies that were measured, in the order of the config."""
-    return list(dict.fromkeys(strategy for record in iterations for strategy in record.metrics))
+def shown_lineage(rows: Sequence[ReportedOrigin]) -> list[ReportedOrigin]:
+    """The rows, but of many that are alike the first few: an experiment may have thousands of shards."""
+    alike: Counter[tuple[str, int | None, str | None]] = Counter()
+    shown = []
+    for row in rows:
+        alike[row.step, row.iteration, row.split] += 1
+        if alike[row.step, row.iteration, row.split] <= SHOWN_ALIKE:
+            shown.append(row)
+    return shown
 
 
-def _summary(iterations: Sequence[IterationRecord]) -> Iterator[str]:
-    if len(iterations) < 2:
-        return
-    first, last = iterations[0], [record for record in iterations if record.promoted][-1]
-    gains = {
-        strategy: last.metrics[strategy]["value"] - first.metrics[strategy]["value"]
-        for strategy in last.metrics
-        if strategy in first.metrics
+def duration(seconds: float) -> str:
+    """Seconds as people say them: "4 min 12 s"."""
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    minutes, hours = round(seconds / 60), seconds / 3600
+    return (
+        f"{round(seconds) // 60} min {round(seconds) % 60} s" if hours < 1 else f"{minutes // 60} h {minutes % 60} min"
+    )
+
+
+def _charts(tables: Mapping[str, Any]) -> dict[str, list[Chart]]:
+    return {
+        "accuracy": list(charts.accuracy_chart(tables["metrics"])),
+        "pass": list(charts.pass_chart(tables["pass_at_k"])),
+        "gate": list(charts.gate_chart(tables["decisions"])),
+        "funnel": list(charts.funnel_charts(tables["funnel"])),
+        "rollouts": list(charts.drift_charts(tables["rollouts"])),
+        "training": list(charts.training_charts(tables["training"])),
+        "cost": list(charts.cost_chart(tables["costs"])),
     }
-    told = ", ".join(f"{strategy} {100 * gain:+.1f}" for strategy, gain in gains.items())
-    yield f"From {first.label} to {last.label}, the policy that stands now, in points: {told}."
-    if gains.get("greedy", 1.0) < 0.5 * gains.get("mean@1", 0.0):
-        yield (
-            "Greedy accuracy rose less than half as much as that of a single sampled rollout: much of the gain is the "
-            "format and a sharper distribution, not new problems solved."
-        )
 
 
-def _told(record: IterationRecord) -> str:
+def _kept_apart(report: Report) -> dict[str, int]:
+    """Rows that were left out of training because of held-out text, or could not be checked; as the steps say."""
+    told = ("holds a question of", "holds a prompt of", "could not be checked", "few-shot examples left out")
+    last_run = (record for record in report.steps if record.run == report.state.run)
+    return {
+        reason: count
+        for record in last_run
+        for reason, count in record.counts.items()
+        if any(part in reason for part in told)
+    }
+
+
+def _figures(record: IterationRecord) -> str:
     return ", ".join(f"{strategy} {100 * metric['value']:.1f}" for strategy, metric in record.metrics.items())
 
 
@@ -139,70 +182,15 @@ def _decided(record: IterationRecord) -> str:
     return "start" if record.decision is None else str(record.decision["reason"])
 
 
-def _samples(record: IterationRecord) -> Iterator[Sample]:
-    if "scored" not in record.references:
-        return
-    left = dict.fromkeys(KINDS, SAMPLES_OF_A_KIND)
-    try:
-        for row in islice(read_rows(DatasetRef(**record.references["scored"]), ScoredRollout), 2000):
-            if left.get(row.reward, 0):
-                left[row.reward] -= 1
-                yield Sample(record.label, KINDS[row.reward], row)
-    except DatasetError:  # the data set was removed since; the figures stand all the same
-        return
+def _percent(share: float) -> str:
+    return f"{100 * share:.1f}"
 
 
-def _accuracy_plot(iterations: Sequence[IterationRecord]) -> Any:
-    figure, (axes,) = _figure(columns=1)
-    labels = [textwrap.fill(record.label, LABEL_WIDTH, break_long_words=False) for record in iterations]
-    for strategy in strategies(iterations):
-        known = [(n, record.metrics[strategy]) for n, record in enumerate(iterations) if strategy in record.metrics]
-        values = [100 * metric["value"] for _, metric in known]
-        below = [max(0.0, 100 * (metric["value"] - metric["low"])) for _, metric in known]
-        above = [max(0.0, 100 * (metric["high"] - metric["value"])) for _, metric in known]
-        axes.errorbar([n for n, _ in known], values, yerr=[below, above], marker="o", capsize=3, label=strategy)
-    axes.set_xticks(range(len(labels)), labels)
-    axes.set_ylabel("accuracy, %")
-    axes.legend(frameon=False, fontsize=9, loc="center left", bbox_to_anchor=(1.0, 0.5))
-    return _svg(figure)
+def _count(number: float) -> str:
+    return f"{number:,.0f}"
 
 
-def _loss_plot(iterations: Sequence[IterationRecord]) -> Any:
-    curves = {
-        record.label: [(row.optimizer_step, row.value) for row in training_metrics(record) if row.name == "loss"]
-        for record in iterations
-    }
-    drawn = {label: points for label, points in curves.items() if points}
-    if not drawn:
-        return ""
-    figure, all_axes = _figure(columns=len(drawn))
-    for (label, points), axes in zip(drawn.items(), all_axes, strict=True):  # the scales have nothing in common
-        axes.plot(*zip(*points, strict=True))
-        axes.set_title(label, fontsize=10)
-        axes.set_xlabel("optimizer step")
-    all_axes[0].set_ylabel("training loss")
-    return _svg(figure)
-
-
-def _figure(*, columns: int) -> Any:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    grey = "#80868b"  # readable on light and dark
-    plt.rcParams.update({name: grey for name in ("text.color", "axes.labelcolor", "xtick.color", "ytick.color")})
-    plt.rcParams.update({"axes.edgecolor": grey, "svg.hashsalt": "ratchet", "font.size": 10})
-    plt.rcParams.update({"axes.spines.top": False, "axes.spines.right": False})
-    figure, axes = plt.subplots(1, columns, figsize=(10, 3.6 if columns == 1 else 2.4), squeeze=False)
-    return figure, axes[0]
-
-
-def _svg(figure: Any) -> Any:
-    import matplotlib.pyplot as plt
-    from markupsafe import Markup
-
-    text = io.StringIO()
-    figure.savefig(text, format="svg", transparent=True, bbox_inches="tight", metadata={"Date": None})
-    plt.close(figure)
-    return Markup(text.getvalue()[text.getvalue().index("<svg") :])
+def _short(name: str) -> str:
+    """A reference with the beginning of its digest: "scored/26f1a0c3"."""
+    head, _, digest = name.removeprefix("datasets/").rpartition("/")
+    return f"{head}/{digest[:8]}" if head else name[:40]

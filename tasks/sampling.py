@@ -21,7 +21,7 @@ from storage.datasets import DatasetRef, read_rows, write_rows
 from storage.ledger import DamagedPart, Ledger
 from storage.rows import Prompt, Rollout
 from tasks.caching import Outcome, log_counts, start_task, step
-from tasks.drawing import Job, Meter, Shard, ShardsFailed, all_wanted, draw, missing
+from tasks.drawing import Job, Meter, Shard, ShardsFailed, Tally, all_wanted, draw, missing, tell_failed
 from tasks.isolating import check_error_rate, draw_apart
 from tasks.planning import current_plan
 from tasks.recording import record_step
@@ -99,63 +99,116 @@ def ledger_key(
     }
 
 
+class Drawing:
+    """Rollouts on their way into a ledger, in one go or several; shards are numbered on from one to the next."""
+
+    def __init__(
+        self,
+        policy: ModelRef,
+        prompts: Sequence[Prompt],
+        template: PromptTemplate,
+        sampling: Sampling,
+        engine: EngineSettings,
+    ) -> None:
+        self._ask = (policy, template, sampling, engine)
+        self._prompts = {row.prompt_id: row for row in prompts}
+        self.ledger = Ledger(ledger_key(policy, template, sampling, engine))
+        self._meter = Meter(0, 0)
+        self._shards = 0
+        self._missing = 0
+        self._seen_to: dict[str, int] = {}  # prompt_id -> mask
+        self._set_aside: dict[str, str] = {}
+        self._started = time.monotonic()
+
+    def draw(self, wanted: dict[str, int], reads: Sequence[DatasetRef | ModelRef]) -> None:
+        """Draw what the ledger misses of these rollouts, a mask of indexes for each prompt.
+
+        Raises:
+            ShardsFailed: as `sample_rollouts`.
+        """
+        policy, template, sampling, engine = self._ask
+        present = self.ledger.present(wanted)
+        left = {prompt_id: mask & ~present.get(prompt_id, 0) for prompt_id, mask in wanted.items()}
+        new = {prompt_id: mask & ~self._seen_to.get(prompt_id, 0) for prompt_id, mask in wanted.items()}
+        self._seen_to |= wanted
+        shards = [
+            Shard(
+                number=number,
+                prompts=[self._prompts[prompt_id] for prompt_id in part],
+                wanted={prompt_id: left[prompt_id] for prompt_id in part},
+                rows=sum(new[prompt_id].bit_count() for prompt_id in part),
+            )
+            for number, part in enumerate(_parts(list(wanted), sampling.prompts_per_shard), start=self._shards)
+        ]
+        self._shards += len(shards)
+        self._missing += sum(mask.bit_count() for mask in left.values())
+        reused = {
+            shard.number: sum((new[one] & ~mask).bit_count() for one, mask in shard.wanted.items()) for shard in shards
+        }
+        self._meter.expect({shard.number: Tally(reused[shard.number], shard.rows) for shard in shards})
+        job = Job(
+            policy=policy,
+            template=template,
+            sampling=sampling,
+            engine=engine,
+            ledger=self.ledger,
+            meter=self._meter,
+            wanted=wanted,
+        )
+        self._set_aside |= self._run(job, shards, reads)
+
+    def record(self) -> None:
+        """Announce what was drawn in all."""
+        meter = self._meter
+        drawn = meter.done - meter.reused
+        counts = {"drawn": drawn, "reused": meter.reused, "tokens": meter.tokens}
+        if self._set_aside:
+            counts["engine_errors"] = self._missing - drawn
+        detail = "; ".join(f"prompt {prompt_id} set aside: {error}" for prompt_id, error in self._set_aside.items())
+        seconds, cached = time.monotonic() - self._started, not self._missing
+        record_step("sample_rollouts", rows=meter.total, seconds=seconds, counts=counts, cached=cached, detail=detail)
+
+    def _run(self, job: Job, shards: Sequence[Shard], reads: Sequence[DatasetRef | ModelRef]) -> dict[str, str]:
+        """Run the shards; the prompts that had to be set aside, with their errors."""
+        errors: dict[int, Exception] = {}
+        with ThreadPoolExecutor(max_workers=SHARDS_AT_ONCE) as pool:
+            futures = [
+                start_task(
+                    _shard_body(job, shard),
+                    name="sample_rollouts",
+                    shard=shard.number,
+                    reads=reads,
+                    retry_on=EngineError,
+                    pool=pool,
+                )
+                for shard in shards
+            ]
+            for shard, future in zip(shards, futures, strict=True):
+                try:
+                    future.result()
+                except Exception as error:  # whatever one shard met, the others finish first; all are named below
+                    errors[shard.number] = error
+        if not errors:
+            return {}
+        told = _explain(errors, len(shards))
+        if not all(isinstance(error, EngineError) for error in errors.values()) or stopping.is_set():
+            raise ShardsFailed(told)
+        failed = [shard for shard in shards if shard.number in errors]
+        try:
+            return draw_apart(job, failed, self._prompts)
+        except EngineError:
+            raise ShardsFailed(told) from None
+        except ShardsFailed as gate:
+            raise ShardsFailed(f"{told}\n{gate}") from None
+
+
 def _run_shards(
     policy: ModelRef, prompts: DatasetRef, template: PromptTemplate, sampling: Sampling, engine: EngineSettings
 ) -> None:
-    ledger = Ledger(ledger_key(policy, template, sampling, engine))
     rows = list(read_rows(prompts, Prompt))
-    present = ledger.present({row.prompt_id for row in rows})
-    shards = [
-        Shard(number, part, {row.prompt_id: all_wanted(sampling) & ~present.get(row.prompt_id, 0) for row in part})
-        for number, part in enumerate(_parts(rows, sampling.prompts_per_shard))
-    ]
-    total = len(rows) * sampling.rollouts_per_prompt
-    wanted = sum(mask.bit_count() for shard in shards for mask in shard.wanted.values())
-    job = Job(
-        policy=policy,
-        template=template,
-        sampling=sampling,
-        engine=engine,
-        ledger=ledger,
-        meter=Meter(total, total - wanted),
-    )
-    errors: dict[int, Exception] = {}
-    set_aside: dict[str, str] = {}
-    started = time.monotonic()
-    with ThreadPoolExecutor(max_workers=SHARDS_AT_ONCE) as pool:
-        futures = [
-            start_task(
-                _shard_body(job, shard),
-                name="sample_rollouts",
-                shard=shard.number,
-                reads=[prompts, policy],
-                retry_on=EngineError,
-                pool=pool,
-            )
-            for shard in shards
-        ]
-        for shard, future in zip(shards, futures, strict=True):
-            try:
-                future.result()
-            except Exception as error:  # whatever one shard met, the others finish first; all are named below
-                errors[shard.number] = error
-    if errors and all(isinstance(error, EngineError) for error in errors.values()) and not stopping.is_set():
-        failed = [shards[number] for number in errors]
-        try:
-            set_aside = draw_apart(job, failed, {row.prompt_id: row for row in rows})
-        except EngineError:
-            raise ShardsFailed(_explain(errors, len(shards))) from None
-        except ShardsFailed as gate:
-            raise ShardsFailed(f"{_explain(errors, len(shards))}\n{gate}") from None
-    elif errors:
-        raise ShardsFailed(_explain(errors, len(shards)))
-    drawn = job.meter.done - job.meter.reused
-    counts = {"drawn": drawn, "reused": total - wanted, "tokens": job.meter.tokens}
-    if set_aside:
-        counts["engine_errors"] = wanted - drawn
-    detail = "; ".join(f"prompt {prompt_id} set aside: {error}" for prompt_id, error in set_aside.items())
-    seconds = time.monotonic() - started
-    record_step("sample_rollouts", rows=total, seconds=seconds, counts=counts, cached=not wanted, detail=detail)
+    drawing = Drawing(policy, rows, template, sampling, engine)
+    drawing.draw({row.prompt_id: all_wanted(sampling) for row in rows}, [prompts, policy])
+    drawing.record()
 
 
 def _shard_body(job: Job, shard: Shard) -> Callable[[], Outcome]:
@@ -179,7 +232,7 @@ def _shard_body(job: Job, shard: Shard) -> Callable[[], Outcome]:
             "sample_rollouts",
             shard=shard.number,
             cached=not drawn,
-            rows=len(shard.prompts) * job.sampling.rollouts_per_prompt,
+            rows=shard.rows,
             seconds=time.monotonic() - started,
             counts={"drawn": drawn},
         )
@@ -195,10 +248,4 @@ def _parts(rows: Sequence[T], size: int) -> Iterator[list[T]]:
 
 
 def _explain(errors: dict[int, Exception], shards: int) -> str:
-    first = "\n".join(
-        f"  shard {number}: {type(error).__name__}: {error}" for number, error in list(errors.items())[:3]
-    )
-    return (
-        f"{len(errors)} of {shards} shards failed: {sorted(errors)}; the rows of the others are kept. First errors:\n"
-        f"{first}\nRun the same command again, or retry this flow run, and only what is missing is drawn."
-    )
+    return tell_failed(errors, shards, kept="the rows of the others are kept", again="only what is missing is drawn")

@@ -12,7 +12,7 @@ from typing import NamedTuple
 from models.specs import EngineSettings, ModelRef, PromptTemplate, Sampling, Settings
 from storage.datasets import DatasetRef, read_rows, write_rows
 from storage.digests import DIGEST_LENGTH, file_sha256
-from storage.hub import Source, read_source, source_key, source_name
+from storage.hub import Source, count_rows, read_source, source_key, source_name
 from storage.rows import (
     CheckedVerifier,
     Instance,
@@ -71,7 +71,7 @@ def ask(supervisor: Supervisor, prompts: DatasetRef, sampling: Sampling) -> Data
     return sample_rollouts(supervisor.model, prompts, AS_IT_IS, sampling, supervisor.engine)
 
 
-@step(version="1", rows=lambda source, length, between: sum(1 for _ in read_source(source)))
+@step(version="1", rows=lambda source, length, between: count_rows(source))
 def load_queries(source: Source, length: Length, between: tuple[str, str] | None) -> DatasetRef:
     """The queries of a source that are neither too short nor too long, each once.
 

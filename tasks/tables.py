@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 from storage.checkpoints import read_checkpoint_manifest
 from storage.datasets import DatasetError, DatasetRef, read_rows
 from storage.experiments import IterationRecord
+from storage.report_rows import ReportedFigure
 from storage.rows import Calibration, PairFigure, TrainingMetric
 
 HELD_OUT_LOSS = "eval_loss/"  # and the task; logged before the first optimizer step and after the last
@@ -74,6 +75,32 @@ def pair_table(record: IterationRecord) -> dict[str, dict[str, PairFigure]]:
     except DatasetError:  # removed since
         return {}
     return table
+
+
+def figures_of_judges_and_pairs(iterations: Sequence[IterationRecord]) -> Iterator[ReportedFigure]:
+    """The figures of the two tables above as rows of a report."""
+    for record in iterations:
+        for writer, group, calibrations in calibration_table(record):
+            for judged in calibrations.values():
+                about, low, high = f"judge: {writer}, {group}", judged.low, judged.high
+                yield _figure(record, about, judged.name, judged.value, judged.n, low, high)
+        for about, figures in pair_table(record).items():
+            for paired in figures.values():
+                yield _figure(record, f"pairs: {about}", paired.name, paired.value, paired.n)
+
+
+def _figure(
+    record: IterationRecord,
+    about: str,
+    name: str,
+    value: float,
+    n: int,
+    low: float | None = None,
+    high: float | None = None,
+) -> ReportedFigure:
+    return ReportedFigure(
+        iteration=record.iteration, label=record.label, about=about, name=name, value=value, low=low, high=high, n=n
+    )
 
 
 def training_metrics(record: IterationRecord) -> list[TrainingMetric]:

@@ -3,17 +3,20 @@
 import json
 import logging
 from collections.abc import Iterator, Sequence
+from contextvars import copy_context
 from pathlib import Path
 from typing import Any
 
 from models import fake_engine
 from models.jobs import PreferenceJob, SFTJob, TinyJob, TrainingOutcome
 from models.specs import SFT, ModelRef, Preference, PromptTemplate, TinyModel
+from models.training_callbacks import read_line
 from models.worker import run_job
 from storage.checkpoints import commit_checkpoint, scratch_folder
 from storage.datasets import DatasetRef, data_files, read_rows, write_rows
 from storage.rows import ChatPair, Conversation, Demonstration, Pair, TrainingMetric
 from tasks.caching import current_key, current_step, log_counts, step
+from tasks.recording import Progress, announce, current_iteration, current_split
 from tasks.serving import give_back_accelerator, local_model
 
 log = logging.getLogger("ratchet")
@@ -91,7 +94,8 @@ def _folders() -> dict[str, Any]:
 
 def _trained(job: SFTJob | PreferenceJob | TinyJob, parents: Sequence[DatasetRef], start: ModelRef) -> ModelRef:
     give_back_accelerator()
-    outcome = run_job(job, on_line=lambda line: log.info("%s", line))
+    context = copy_context()  # of this step, for the thread that hears the child
+    outcome = run_job(job, on_line=lambda line: context.run(_hear, line))
     log_counts({"trained_on": outcome.rows, **outcome.dropped, "optimizer_steps": outcome.optimizer_steps})
     digest = commit_checkpoint(
         job.output,
@@ -105,6 +109,25 @@ def _trained(job: SFTJob | PreferenceJob | TinyJob, parents: Sequence[DatasetRef
     if not isinstance(settings, TinyModel) and settings.lora is not None and not settings.lora.merge:
         return start.model_copy(update={"adapter": digest})
     return ModelRef(name=f"{current_step()}-{digest[:8]}", digest=digest, trust_remote_code=start.trust_remote_code)
+
+
+def _hear(line: str) -> None:
+    """Pass on what a training prints: to the log, and how far it is to who watches."""
+    log.info("%s", line)
+    if (told := read_line(line)) is not None:
+        announce(
+            Progress(
+                step=current_step(),
+                iteration=current_iteration(),
+                done=told.optimizer_step,
+                total=told.optimizer_steps,
+                tokens=0,
+                reused=0,
+                split=current_split(),
+                unit="optimizer steps",
+                detail=told.told,
+            )
+        )
 
 
 def _metrics(outcome: TrainingOutcome) -> Iterator[TrainingMetric]:

@@ -3,16 +3,15 @@
 import asyncio
 from collections import Counter
 from collections.abc import AsyncIterator, Iterable, Iterator, Sequence
-from itertools import groupby
+from itertools import chain, groupby
 from typing import NamedTuple
 
-from storage.datasets import DatasetRef, read_rows, write_rows
+from storage.datasets import DatasetRef, join_rows, read_rows, write_rows
 from storage.rows import (
     CheckedVerifier,
     Instance,
     Prompt,
     Rollout,
-    ScoredRollout,
     Verification,
     Verifier,
     VerifierCase,
@@ -22,8 +21,10 @@ from tasks.caching import log_counts, step
 from tasks.consistency import KEPT, Consistency
 from tasks.sandbox import Job, Limits, Verdict, run_verifiers
 from tasks.serving import raise_if_stopping
-from tasks.votes import Completing, Drawn, Voting
+from tasks.spreading import cuts, spread
+from tasks.votes import Completing, Drawn
 
+INSTRUCTIONS_PER_SHARD, INSTANCES_PER_SHARD = 50, 200  # a few thousand calls of verifiers: seconds of a core's work
 SHOWN = 3  # verifiers or completions quoted in an error
 
 
@@ -46,33 +47,24 @@ def check_verifiers(verifiers: DatasetRef, cases: DatasetRef, settings: Consiste
         NothingSurvives: no instruction has verifiers left; counts the reasons and quotes the first.
         SandboxError: the sandbox itself broke.
     """
-    by_instruction: dict[str, list[Verifier]] = {}
-    for verifier in read_rows(verifiers, Verifier):
-        by_instruction.setdefault(verifier.instruction_id, []).append(verifier)
-    cases_of: dict[str, list[VerifierCase]] = {}
-    for case in read_rows(cases, VerifierCase):
-        cases_of.setdefault(case.instruction_id, []).append(case)
+    instructions = len({row.instruction_id for row in read_rows(verifiers, Verifier)})
+    shards, parents = cuts(instructions, INSTRUCTIONS_PER_SHARD), [verifiers, cases]
+    if len(shards) == 1:
+        checked = _check(verifiers, cases, settings, limits, shards[0], "checked")
+    else:
+        parts = spread(check_shard, (verifiers, cases, settings, limits), shards)
+        checked = join_rows(parts, CheckedVerifier, step="checked", parents=parents, settings=settings.key())
+    if not any(row.kept for row in read_rows(checked, CheckedVerifier)):
+        raise NothingSurvives(_none_kept(list(read_rows(checked, CheckedVerifier))))
+    return checked
 
-    def texts(instruction_id: str) -> list[str]:
-        responses = [case.response for case in cases_of.get(instruction_id, ())]
-        return list(dict.fromkeys([*settings.probes, *responses]))
 
-    jobs = (Job(row.source, tuple(texts(row.instruction_id))) for group in by_instruction.values() for row in group)
-    verdicts = in_order(jobs, limits)
-    checked = []
-    for instruction_id, group in by_instruction.items():
-        found = {row.verifier_id: next(verdicts) for row in group}
-        outcomes = {
-            name: dict(zip(texts(instruction_id), (one.outcome for one in told), strict=True))
-            for name, told in found.items()
-        }
-        isolation = next(one.isolation for told in found.values() for one in told)
-        checked += consistency.cross_check(group, cases_of.get(instruction_id, []), outcomes, settings, isolation)
-    counts = _counts(checked)
-    log_counts(counts)
-    if not counts["instructions_kept"]:
-        raise NothingSurvives(_none_kept(checked, counts))
-    return write_rows(checked, CheckedVerifier, step="checked", parents=[verifiers, cases], settings=settings.key())
+@step(version="1")
+def check_shard(
+    verifiers: DatasetRef, cases: DatasetRef, settings: Consistency, limits: Limits, start: int, stop: int
+) -> DatasetRef:
+    """The same for the instructions of these numbers, on a Dask cluster, in one sandbox for each of its threads."""
+    return _check(verifiers, cases, settings, limits, range(start, stop), "checked_shard", workers=1)
 
 
 @step(version="1", rows=lambda instances, checked, completing, seed: instances.rows)
@@ -100,81 +92,42 @@ def verify_rollouts(
         NothingSurvives: there is no completion to ask about.
         SandboxError: the sandbox itself broke.
     """
-    kept = _kept(checked)
-    counts: Counter[str] = Counter()
-
-    def jobs() -> Iterator[Job]:
-        for instance, drawn in drawn_for(instances, Completions(plain, shown)):
-            texts = tuple(one.rollout.completion for one in votes.distinct(drawn))
-            for row in kept[instance.instruction_id] if texts else ():
-                yield Job(row.source, texts)
-
-    def rows() -> Iterator[Verification]:
-        verdicts = in_order(jobs(), limits)
-        for instance, drawn in drawn_for(instances, Completions(plain, shown)):
-            asked = votes.distinct(drawn)
-            for verifier in kept[instance.instruction_id] if asked else ():
-                for one, verdict in zip(asked, next(verdicts), strict=True):
-                    counts[verdict.outcome] += 1
-                    yield _verification(instance, one, verifier, verdict)
-
-    remaining = rows()
-    first = next(remaining, None)
-    if first is None:
-        raise NothingSurvives(_none_asked(instances, Completions(plain, shown)))
-
-    def all_rows() -> Iterator[Verification]:
-        yield first
-        yield from remaining
-
+    completions, shards = Completions(plain, shown), cuts(instances.rows, INSTANCES_PER_SHARD)
+    if len(shards) == 1:
+        parts = [_verify(instances, checked, completions, limits, shards[0], "verifications")]
+    else:
+        parts = spread(verify_shard, (instances, checked, plain, shown, limits), shards)
+    verified = [part for part in parts if part is not None]
+    if not verified:
+        raise NothingSurvives(_none_asked(instances, completions))
+    if len(shards) == 1:
+        return verified[0]
     parents = [ref for ref in (instances, checked, plain, shown) if ref is not None]
-    reference = write_rows(all_rows(), Verification, step="verifications", parents=parents)
-    log_counts(counts)
-    return reference
+    return join_rows(verified, Verification, step="verifications", parents=parents)
 
 
 @step(version="1")
-def score_by_votes(
+def verify_shard(
     instances: DatasetRef,
+    checked: DatasetRef,
     plain: DatasetRef | None,
     shown: DatasetRef | None,
-    verifications: DatasetRef,
-    voting: Voting,
-) -> DatasetRef:
-    """Reward each completion with the share of its verifiers that it passes.
+    limits: Limits,
+    start: int,
+    stop: int,
+) -> DatasetRef | None:
+    """The same for the instances of these numbers, on a Dask cluster, in one sandbox for each of its threads.
 
-    Raises:
-        NothingSurvives: too many completions have no reward; quotes the first.
+    None: there is no completion to ask about.
     """
-    instruction_of = {row.prompt_id: row.instruction_id for row in read_rows(instances, Instance)}
-    trivial = votes.trivial_verifiers(read_rows(verifications, Verification), instruction_of, voting)
-    isolation = next(read_rows(verifications, Verification)).isolation
-    counts: Counter[str] = Counter()
-    undecided: list[ScoredRollout] = []
-
-    def rows() -> Iterator[ScoredRollout]:
-        words = _Groups(read_rows(verifications, Verification))
-        for instance, drawn in drawn_for(instances, Completions(plain, shown)):
-            outcomes: dict[int, dict[str, str]] = {}
-            for word in words.of(instance.prompt_id):
-                outcomes.setdefault(word.rollout_index, {})[word.verifier_id] = word.outcome
-            scored = votes.score_instance(instance, drawn, outcomes, trivial, voting, isolation)
-            counts.update(votes.tally(scored))
-            undecided.extend([row for row in scored if row.reward is None][: SHOWN - len(undecided)])
-            yield from scored
-
-    parents = [ref for ref in (instances, plain, shown, verifications) if ref is not None]
-    reference = write_rows(rows(), ScoredRollout, step="scored", parents=parents, settings=voting.key())
-    log_counts({**counts, **({"verifiers that accept everything": len(trivial)} if trivial else {})})
-    if (without := reference.rows - _decided(reference)) > voting.maximum_undecided * reference.rows:
-        raise NothingSurvives(_too_many_undecided(without, reference, counts, undecided, voting))
-    return reference
+    part, completions = range(start, stop), Completions(plain, shown)
+    return _verify(instances, checked, completions, limits, part, "verifications_shard", workers=1)
 
 
-def in_order(jobs: Iterable[Job], limits: Limits) -> Iterator[list[Verdict]]:
+def in_order(jobs: Iterable[Job], limits: Limits, workers: int | None = None) -> Iterator[list[Verdict]]:
     """The verdicts of each job, in the jobs' order; a bounded number of jobs is under way."""
     with asyncio.Runner() as runner:
-        verdicts = run_verifiers(jobs, limits)
+        verdicts = run_verifiers(jobs, limits, workers)
         try:
             while True:
                 raise_if_stopping()
@@ -186,29 +139,22 @@ def in_order(jobs: Iterable[Job], limits: Limits) -> Iterator[list[Verdict]]:
             runner.run(_closed(verdicts))
 
 
-def drawn_for(instances: DatasetRef, completions: Completions) -> Iterator[tuple[Instance, list[Drawn]]]:
-    """Each instance with its completions, those drawn without a verifier in sight first; all come in one order."""
-    plain, shown = (None if ref is None else _by_prompt(ref) for ref in completions)
-    for instance in read_rows(instances, Instance):
+def drawn_for(
+    instances: DatasetRef, completions: Completions, part: range | None = None
+) -> Iterator[tuple[Instance, list[Drawn]]]:
+    """Each instance with its completions, those drawn without a verifier in sight first; all come in one order.
+
+    Args:
+        part: numbers of the instances wanted; None: all.
+    """
+    plain, shown = (None if ref is None else _by_prompt(ref, instances.rows, part) for ref in completions)
+    for instance in read_rows(instances, Instance, part):
         drawn = [] if plain is None else [Drawn(row, row.rollout_index, False) for row in next(plain)]
         start = len(drawn)
         if shown is not None:
             drawn += [Drawn(row, start + row.rollout_index, True) for row in next(shown)]
         assert not any(one.rollout.prompt_id != instance.prompt_id for one in drawn if not one.shown)
         yield instance, drawn
-
-
-class _Groups:
-    """Verifications by prompt, read once from front to back; prompts without any are asked about too."""
-
-    def __init__(self, rows: Iterator[Verification]) -> None:
-        self._rows = rows
-        self._head = next(rows, None)
-
-    def of(self, prompt_id: str) -> Iterator[Verification]:
-        while self._head is not None and self._head.prompt_id == prompt_id:
-            yield self._head
-            self._head = next(self._rows, None)
 
 
 async def _next(verdicts: AsyncIterator[list[Verdict]]) -> list[Verdict]:
@@ -221,9 +167,88 @@ async def _closed(verdicts: AsyncIterator[list[Verdict]]) -> None:
         await close()
 
 
-def _by_prompt(rollouts: DatasetRef) -> Iterator[list[Rollout]]:
-    for _, rows in groupby(read_rows(rollouts, Rollout), key=lambda row: row.prompt_id):
+def _by_prompt(rollouts: DatasetRef, prompts: int, part: range | None) -> Iterator[list[Rollout]]:
+    if part is not None:
+        each, uneven = divmod(rollouts.rows, prompts)  # sampling draws as many of each prompt
+        assert not uneven
+        part = range(part.start * each, part.stop * each)
+    for _, rows in groupby(read_rows(rollouts, Rollout, part), key=lambda row: row.prompt_id):
         yield list(rows)
+
+
+def _check(
+    verifiers: DatasetRef,
+    cases: DatasetRef,
+    settings: Consistency,
+    limits: Limits,
+    part: range,
+    step: str,
+    *,
+    workers: int | None = None,
+) -> DatasetRef:
+    by_instruction: dict[str, list[Verifier]] = {}
+    for verifier in read_rows(verifiers, Verifier):
+        by_instruction.setdefault(verifier.instruction_id, []).append(verifier)
+    groups = dict(list(by_instruction.items())[part.start : part.stop])
+    cases_of: dict[str, list[VerifierCase]] = {}
+    for case in read_rows(cases, VerifierCase):
+        cases_of.setdefault(case.instruction_id, []).append(case)
+
+    def texts(instruction_id: str) -> list[str]:
+        responses = [case.response for case in cases_of.get(instruction_id, ())]
+        return list(dict.fromkeys([*settings.probes, *responses]))
+
+    jobs = (Job(row.source, tuple(texts(row.instruction_id))) for group in groups.values() for row in group)
+    verdicts = in_order(jobs, limits, workers)
+    checked = []
+    for instruction_id, group in groups.items():
+        found = {row.verifier_id: next(verdicts) for row in group}
+        outcomes = {
+            name: dict(zip(texts(instruction_id), (one.outcome for one in told), strict=True))
+            for name, told in found.items()
+        }
+        isolation = next(one.isolation for told in found.values() for one in told)
+        checked += consistency.cross_check(group, cases_of.get(instruction_id, []), outcomes, settings, isolation)
+    log_counts(_counts(checked))
+    return write_rows(checked, CheckedVerifier, step=step, parents=[verifiers, cases], settings=settings.key())
+
+
+def _verify(
+    instances: DatasetRef,
+    checked: DatasetRef,
+    completions: Completions,
+    limits: Limits,
+    part: range,
+    step: str,
+    *,
+    workers: int | None = None,
+) -> DatasetRef | None:
+    kept = _kept(checked)
+    counts: Counter[str] = Counter()
+
+    def jobs() -> Iterator[Job]:
+        for instance, drawn in drawn_for(instances, completions, part):
+            texts = tuple(one.rollout.completion for one in votes.distinct(drawn))
+            for row in kept[instance.instruction_id] if texts else ():
+                yield Job(row.source, texts)
+
+    def rows() -> Iterator[Verification]:
+        verdicts = in_order(jobs(), limits, workers)
+        for instance, drawn in drawn_for(instances, completions, part):
+            asked = votes.distinct(drawn)
+            for verifier in kept[instance.instruction_id] if asked else ():
+                for one, verdict in zip(asked, next(verdicts), strict=True):
+                    counts[verdict.outcome] += 1
+                    yield _verification(instance, one, verifier, verdict)
+
+    remaining = rows()
+    first = next(remaining, None)
+    if first is None:
+        return None
+    parents = [ref for ref in (instances, checked, *completions) if ref is not None]
+    reference = write_rows(chain([first], remaining), Verification, step=step, parents=parents)
+    log_counts(counts)
+    return reference
 
 
 def _kept(checked: DatasetRef) -> dict[str, list[CheckedVerifier]]:
@@ -255,7 +280,8 @@ def _counts(checked: Sequence[CheckedVerifier]) -> Counter[str]:
     return counts
 
 
-def _none_kept(checked: Sequence[CheckedVerifier], counts: Counter[str]) -> str:
+def _none_kept(checked: Sequence[CheckedVerifier]) -> str:
+    counts = _counts(checked)
     told = ", ".join(f"{reason} {count:,}" for reason, count in counts.most_common() if count)
     first = "\n".join(f"  {row.reason}: {row.source[:300]!r}" for row in checked[:SHOWN])
     return (
@@ -273,21 +299,4 @@ def _none_asked(instances: DatasetRef, completions: Completions) -> str:
     return (
         f"none of {len(drawn):,} completions can be verified ({told}). The first end in:\n{first}\n"
         "Where they are cut, raise max_completion_tokens; where they are empty, see to the model's chat template."
-    )
-
-
-def _decided(scored: DatasetRef) -> int:
-    return sum(row.reward is not None for row in read_rows(scored, ScoredRollout))
-
-
-def _too_many_undecided(
-    without: int, scored: DatasetRef, counts: Counter[str], first: Sequence[ScoredRollout], voting: Voting
-) -> str:
-    told = ", ".join(f"{reason} {count:,}" for reason, count in counts.most_common())
-    quoted = "\n".join(f"  {row.reason}: {row.completion[:200]!r}" for row in first)
-    return (
-        f"{without:,} of {scored.rows:,} completions have no reward ({told}), and voting.maximum_undecided is "
-        f"{voting.maximum_undecided:g}. The first:\n{quoted}\nWhere completions are truncated, raise "
-        "max_completion_tokens; where verifiers broke, raise limits or consistency.minimum_verifiers; else raise "
-        "voting.maximum_undecided."
     )

@@ -11,7 +11,7 @@ from models.chat import messages_of
 from models.engine import ScoreRequest
 from models.specs import EngineSettings, ModelRef, PromptTemplate, Settings
 from storage.datasets import DatasetError, DatasetRef, read_rows, write_rows
-from storage.rows import Demonstration, JudgedRollout, Pair, Rollout, ScoredRollout, TokenComparison, TokenScore
+from storage.rows import Demonstration, JudgedRollout, Pair, Rollout, ScoredRollout, TokenComparison, TokenScore, derive
 from tasks.caching import log_counts, step
 from tasks.serving import raise_if_stopping, serve
 
@@ -119,21 +119,12 @@ def compare_tokens(policy: DatasetRef, reference: DatasetRef) -> DatasetRef:
             if (mine.sequence, mine.position, mine.token_id) != (theirs.sequence, theirs.position, theirs.token_id):
                 raise _differs(f"token {mine.position} of text {mine.sequence} is {mine.token!r} and {theirs.token!r}")
             known = mine.logprob is not None and theirs.logprob is not None
-            yield TokenComparison(
-                sequence=mine.sequence,
-                prompt_id=mine.prompt_id,
-                rollout_index=mine.rollout_index,
-                side=mine.side,
-                about=mine.about,
-                position=mine.position,
-                is_prompt=mine.is_prompt,
-                token_id=mine.token_id,
-                token=mine.token,
+            yield derive(
+                TokenComparison,
+                mine,
                 policy_logprob=mine.logprob,
                 reference_logprob=theirs.logprob,
                 difference=mine.logprob - theirs.logprob if known else None,  # type: ignore[operator]  # both known
-                cut_tokens=mine.cut_tokens,
-                policy=mine.policy,
                 reference=theirs.policy,
             )
 

@@ -1,9 +1,10 @@
 """What AutoIF makes of its queries, stage by stage: ours, and what was published."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 from storage.experiments import StepRecord
+from storage.report_rows import ReportedFigure
 
 # stage -> (step, its count); only what is made for training, not what held-out instructions are measured on
 STAGES = {
@@ -56,3 +57,13 @@ def yields(config: Mapping[str, Any], steps: Iterable[StepRecord]) -> YieldTable
     stages = [*STAGES, RATIO]
     rows = [Yield(name, ours.get(name), tuple(one.get(name) for one in published.values())) for name in stages]
     return YieldTable(tuple(published), rows)
+
+
+def figures_of_yields(config: Mapping[str, Any], steps: Iterable[StepRecord]) -> Iterator[ReportedFigure]:
+    """Our yields as rows of a report; none where the recipe has none of these stages."""
+    table = yields(config, steps)
+    for row in table.rows if table else ():
+        if row.ours is not None:
+            yield ReportedFigure(
+                iteration=None, label=None, about="yield", name=row.stage, value=row.ours, low=None, high=None, n=None
+            )

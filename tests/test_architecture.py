@@ -9,8 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from flows.presets import Preset
-from flows.recipes import RECIPES
+from flows.recipes import RECIPES, Recipe
 from storage.datasets import DatasetRef
 from tasks.caching import STEPS, step
 from tasks.checking import faults
@@ -29,8 +28,8 @@ def test_a_package_of_ours_is_the_one_in_this_repository(package: str) -> None:
 
 @pytest.mark.flow  # a process of its own
 def test_importing_any_flow_or_the_command_loads_no_heavy_library() -> None:
-    modules = ["flows.__main__", *(module for module, _, _ in RECIPES.values())]
-    heavy = ("vllm", "torch", "trl", "transformers", "datasets", "accelerate", "peft", "matplotlib", "lm_eval")
+    modules = ["flows.__main__", *(place.partition(":")[0] for place in RECIPES.values())]
+    heavy = ("vllm", "torch", "trl", "transformers", "datasets", "accelerate", "peft", "matplotlib", "lm_eval", "dask")
     code = f"import sys, {', '.join(modules)}; print([name for name in {heavy!r} if name in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=REPOSITORY, check=True)
     assert done.stdout.strip() == "[]"
@@ -63,10 +62,8 @@ def test_there_is_a_smoke_preset_for_each_recipe() -> None:
 
 @pytest.mark.parametrize("path", ALL_PRESETS, ids=lambda path: f"{path.parent.name}/{path.stem}")
 def test_a_preset_is_a_config_of_the_recipe_whose_folder_it_is_in(path: Path) -> None:
-    preset = Preset(path)
-    module, config_class, _ = RECIPES[preset.recipe]
-    config = preset.config(getattr(importlib.import_module(module), config_class))
-    assert (config.recipe, path.parent.name) == (preset.recipe, preset.recipe)
+    config = Recipe(path).config
+    assert config.recipe == path.parent.name
 
 
 @pytest.mark.flow
@@ -87,5 +84,4 @@ def test_a_preset_has_no_fault_where_its_data_is(
         for library in ("immutabledict", "langdetect"):
             pytest.importorskip(library, reason=f"lm-eval's IFEval needs {library}")
     monkeypatch.chdir(REPOSITORY)
-    module, config_class, _ = RECIPES[Preset(path).recipe]
-    assert faults(Preset(path).config(getattr(importlib.import_module(module), config_class))) == []
+    assert faults(Recipe(path).config) == []

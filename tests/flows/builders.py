@@ -10,6 +10,7 @@ import psutil
 
 from flows.presets import Preset
 from flows.rest_em import RestEM, rest_em
+from models.fake_engine import CHECKPOINT
 from storage.datasets import DatasetRef, what_is_wrong
 from storage.experiments import Experiment, StepRecord
 from tasks.recording import Progress, listening
@@ -30,6 +31,12 @@ def run_plainly(*overrides: str) -> Experiment:
     config = config_of(SMOKE, *overrides)
     rest_em.fn(config)
     return Experiment(config.experiment)
+
+
+def train_noised(_weights: str, _share: float, _rows: int, output: Path) -> None:
+    """In place of the fake training: what it leaves has lost nearly all skill."""
+    output.mkdir(parents=True, exist_ok=True)
+    (output / CHECKPOINT).write_text('{"skill": 0.02}\n')
 
 
 def stored(experiment: Experiment) -> dict[str, Any]:

@@ -11,8 +11,9 @@ from click.testing import Result
 from typer.testing import CliRunner
 
 from flows.__main__ import app
+from models import fake_engine
 from storage.experiments import Experiment
-from tests.flows.builders import SMOKE, stored, tree
+from tests.flows.builders import SMOKE, stored, train_noised, tree
 from tests.models.tiny_fixture import save_tokenizer
 
 pytestmark = pytest.mark.flow  # whole runs on the fake engine
@@ -225,11 +226,11 @@ def test_a_plan_with_another_learning_rate_runs_training_and_what_follows(finish
 def test_a_plan_tells_its_config_steps_and_first_prompts_to_programs(ratchet_home: Path) -> None:
     told = json_of("plan", SMOKE)
     assert told["config"]["experiment"] == "rest-em-smoke"
-    assert set(told["steps"][0]) == {"step", "iteration", "cached", "why", "rows", "reads"}
-    assert told["steps"][0] | {"reads": ""} == {
+    assert set(told["steps"][0]) == {"step", "iteration", "cached", "why", "rows", "reads", "estimate"}
+    assert {name: value for name, value in told["steps"][0].items() if name != "estimate"} == {
         "step": "load_prompts", "iteration": None, "cached": False, "why": "not done yet", "rows": 60, "reads": "",
     }  # fmt: skip
-    assert set(told["first_prompts"]) == {"base", "trained policies"}
+    assert set(told["first_prompts"]) == {"base", "trained policies", "evaluation on dev", "evaluation on test"}
 
 
 @pytest.mark.flow
@@ -348,3 +349,43 @@ def test_the_doctor_looks_and_changes_nothing(ratchet_home: Path) -> None:
     assert any("can be written" in finding["text"] for finding in findings)
     assert not ratchet_home.exists()
     assert "Python 3." in ratchet("doctor").stdout
+
+
+def test_a_run_that_halts_at_a_regression_has_an_exit_code_of_its_own_and_goes_on_when_told_to(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    run = ("run", SMOKE, "--no-prefect-server", "--set", "gate.regression.stops=every run", "--set", "dpo=null")
+    with monkeypatch.context() as patch:
+        patch.setattr(fake_engine, "train_fake", train_noised)
+        halted = ratchet(*run)
+    assert halted.exit_code == 3
+    assert "The run halted: rest-em-smoke, iteration 1: Significantly worse: mean@1 fell from" in halted.output
+    (told,) = json_of("status", "rest-em-smoke")
+    assert (told["state"], told["iterations"][-1]["regression"]["found"]) == ("halted", True)
+    assert ratchet(*run).exit_code == 3
+
+    gone_on = ratchet(*run, "--go-on")
+    assert gone_on.exit_code == 0, gone_on.output
+    assert "Let pass: iteration 1" in gone_on.output
+    assert ratchet(*run).exit_code == 0  # for good
+    assert Experiment("rest-em-smoke").state().state == "finished"
+
+
+def test_there_may_be_nothing_to_let_pass() -> None:
+    done = ratchet("run", SMOKE, "--no-prefect-server", "--go-on", "--set", "iterations=1", "--set", "dpo=null")
+    assert done.exit_code == 0, done.output
+    assert "Let pass: nothing: there is no regression on record" in done.output
+
+
+def test_too_many_suspect_gold_answers_halt_the_run_before_anything_is_trained(tmp_path: Path) -> None:
+    # The policy adds without a fault; 10 of 40 gold answers are too large by one.
+    rows = [(f"What is {n} + 1?", str(n + 1 + (n % 4 == 0))) for n in range(40)]
+    wrong = train_rows(*rows)(tmp_path)
+    options = ["base.name=fake:0.95", *wrong, "suspicion.most_suspect_share=0.2", "sampling.rollouts_per_prompt=8"]
+    halted = ratchet("run", SMOKE, "--no-prefect-server", *(part for one in options for part in ("--set", one)))
+    assert halted.exit_code == 3
+    assert re.search(r"10 of the \d+ prompts with a confident majority are contradicted by it", halted.output)
+    shown = re.findall(r"gold '(\d+)', but \d+ % of \d rollouts say '(\d+)': 'What is (\d+) \+ 1\?'", halted.output)
+    assert [(int(gold) - int(said), int(said) - int(asked)) for gold, said, asked in shown] == [(1, 1)] * 3
+    steps = {record.step for record in Experiment("rest-em-smoke").steps()}
+    assert "check_gold" in steps and not steps & {"select_demonstrations", "train_sft"}

@@ -4,10 +4,13 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from uuid import UUID
 
 import httpx
 import pytest
 import yaml
+from prefect.client.orchestration import get_client
+from prefect.flow_engine import run_flow
 from prefect.utilities.templating import apply_values
 from typer.testing import CliRunner
 
@@ -15,9 +18,11 @@ from flows.__main__ import app
 from flows.deploying import DEAD_RUNS, deploy, deployment_of, known_presets, prefect_yaml
 from flows.forms import comments_of
 from flows.presets import PresetError
+from flows.rest_em import rest_em
+from models import fake_engine
 from models.specs import Sampling
 from storage.experiments import Experiment
-from tests.flows.builders import PRESETS, REPOSITORY, SMOKE
+from tests.flows.builders import PRESETS, REPOSITORY, SMOKE, config_of, train_noised
 
 COMMITTED = REPOSITORY / "deployments" / "prefect.yaml"
 NAME = "rest-em/rest-em-smoke"
@@ -168,3 +173,21 @@ def deployed(api: str) -> dict[str, Any]:
 
 def test_every_preset_becomes_a_deployment_of_its_own() -> None:
     assert len({deployment_of(preset).name for preset in known_presets()}) == len(list(PRESETS.glob("*/*.yaml")))
+
+
+@pytest.mark.flow
+def test_a_regression_fails_its_scheduled_run_and_no_more_are_scheduled_until_someone_says_so(
+    deploying: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fake_engine, "train_fake", train_noised)
+    list(deploy([SMOKE], pool="tested", at_once=1, cron="0 2 * * *"))
+    created = httpx.post(f"{deploying}/deployments/{deployed(deploying)['id']}/create_flow_run", json={}).json()
+    with get_client(sync_client=True) as client:
+        flow_run = client.read_flow_run(UUID(created["id"]))
+    asked = {"config": config_of(SMOKE), "advance": True}
+    state: Any = run_flow(rest_em, flow_run=flow_run, parameters=asked, return_type="state")  # as a worker does
+    assert state.is_failed()
+    assert "iteration 1: Significantly worse: mean@1 fell from" in state.message
+    assert deployed(deploying)["paused"] is True
+    list(deploy([SMOKE], pool="tested", at_once=1, cron=None))
+    assert deployed(deploying)["paused"] is True  # what has to be looked at stays so when presets are deployed again

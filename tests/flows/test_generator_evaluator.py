@@ -1,6 +1,7 @@
 """The recipe of one model that writes and judges, end to end on the fake engine."""
 
 import json
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ from flows.generator_evaluator import GeneratorEvaluator, generator_evaluator
 from flows.presets import Preset
 from storage.datasets import DatasetRef, read_rows
 from storage.experiments import Experiment
-from storage.rows import Calibration, JudgedRollout
+from storage.rows import Calibration, JudgedRollout, ScoredRollout
 from tasks.judging import JudgeError
 from tests.flows.builders import PRESETS, heard, stored
 
@@ -69,6 +70,23 @@ def test_every_stage_is_recorded_with_its_strategies_and_its_calibration() -> No
         assert shown in judged
     assert "unpaired: right only" in html or "unpaired: neither" in html
     assert "Published, and ours" not in html  # the smoke preset names none
+
+
+@pytest.mark.flow
+def test_label_free_stages_get_as_many_rollouts_of_each_prompt_whatever_gold_answers_had_others_get() -> None:
+    section = "sampling.adaptive={first: 2, more: 2, wanted_correct: 1, wanted_incorrect: 1, cap: 12}"
+    records = {record.label: record for record in run_plainly(section, "label_free.dpo=[]").iterations()}
+
+    def numbers(label: str) -> set[int]:
+        rows = read_rows(DatasetRef(**records[label].references["scored"]), ScoredRollout)
+        return set(Counter(row.prompt_id for row in rows).values())
+
+    assert len(numbers("SFT Dataset 1")) > 1
+    assert len(numbers("SFT Dataset 2")) > 1
+    assert numbers("SFT Dataset 3") == {8}
+    assert {"pass_rates", "gold_checks"} <= set(records["SFT Dataset 2"].references)
+    assert not {"pass_rates", "gold_checks"} & set(records["SFT Dataset 3"].references)
+    assert any("drawn adaptively" in notice for notice in records["SFT Dataset 1"].notices)
 
 
 @pytest.mark.flow

@@ -18,7 +18,7 @@ from storage.rows import ChatPair, Comparison, Conversation
 from tasks.blending import blend
 from tasks.checking import faults
 from tasks.guarding import Guard
-from tasks.reporting import published_rows
+from tasks.tables import published_rows
 from tests.benchmark_documents import write_documents
 from tests.flows.builders import PRESETS, heard, stored
 
@@ -154,7 +154,7 @@ def test_a_policy_that_loses_on_a_benchmark_is_not_promoted(tmp_path: Path, monk
         ]  # fmt: skip
         return write_rows(rows, EvaluatedPrompt, step="evaluated")
 
-    monkeypatch.setattr("flows.instruct_tuning.evaluate_benchmark", spoilt)
+    monkeypatch.setattr("tasks.benchmarking.evaluate_benchmark", spoilt)
     monkeypatch.setattr("flows.instruct_tuning.evaluate_headlines", lambda answered, *_: answered[0])
     benchmarks = "benchmarks={tasks: [{task: gsm8k, limit: 2}]}"
     kept = run_plainly(benchmarks, "preference=null").iterations()[1]

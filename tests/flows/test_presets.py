@@ -137,7 +137,7 @@ def test_a_misspelt_key_of_a_tiny_base_is_compared_with_the_keys_of_that_branch(
     [
         pytest.param("recipe: [rest_em\n", "is no YAML", id="syntax"),
         pytest.param("- recipe\n", "holds list; expected keys and values", id="a list"),
-        pytest.param("", "holds NoneType; expected keys and values", id="empty"),
+        pytest.param("", "holds nothing; expected keys and values", id="empty"),
         pytest.param("recipe: rest_em\nrecipe: spin\n", "line 2: the key 'recipe' stands there twice", id="twice"),
         pytest.param("a: {b: 1,\n c: 2, b: 3}\n", "line 2: the key 'b' stands there twice", id="twice in a section"),
     ],

@@ -5,6 +5,7 @@ import json
 import os
 import re
 import shlex
+import shutil
 import signal
 import sqlite3
 import subprocess
@@ -22,13 +23,16 @@ import httpx
 import psutil
 import pytest
 
+from flows.presets import PresetError
 from flows.rest_em import RestEM, rest_em
 from models import fake_engine
 from models.engine import EngineConfigurationError, Message
 from models.fake_engine import FakeEngine
-from storage.checkpoints import what_is_wrong_with_checkpoint
+from models.specs import ModelRef
+from storage.checkpoints import checkpoint_path, commit_checkpoint, what_is_wrong_with_checkpoint
 from storage.experiments import Experiment
 from tasks.observing import settle
+from tasks.recording import Halted
 from tests.flows.builders import (
     MARK,
     PRESETS,
@@ -36,6 +40,7 @@ from tests.flows.builders import (
     SMOKE,
     config_of,
     damaged,
+    heard,
     processes_marked,
     stored,
 )
@@ -199,6 +204,36 @@ def third_prompt_of_iteration_one() -> str:
     return list(read_rows(drawn, Prompt))[2].prompt
 
 
+@pytest.mark.flow
+def test_the_shards_of_every_pass_are_task_runs_and_a_second_run_is_all_cached(prefect: str) -> None:
+    config = config_of(SMOKE, "sampling.adaptive={first: 2, more: 2, wanted_correct: 1, wanted_incorrect: 1, cap: 8}")
+    first = run_in_prefect(prefect, config)
+    assert first.state == "Completed"
+    steps = Experiment("rest-em-smoke").steps()
+    shards = sorted(
+        r.shard for r in steps if (r.step, r.iteration) == (SAMPLE, 1) and r.shard is not None and not r.split
+    )
+    assert len(shards) > 4  # the first pass has 4: 40 prompts, 10 a shard
+    assert shards == list(range(len(shards)))
+    assert {f"it1 sample_rollouts shard {number}" for number in shards} <= set(first.tasks)
+    with heard() as records:
+        assert run_in_prefect(prefect, config).state == "Completed"
+    assert [record.step for record in records if not record.cached] == []
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "evaluation.dev.adaptive={first: 2}",
+        "evaluation.test=[{strategies: [mean@1], sampling: {rollouts_per_prompt: 4, adaptive: {first: 2}}}]",
+    ],
+    ids=["dev", "test"],
+)
+def test_evaluation_cannot_be_adaptive(override: str) -> None:
+    with pytest.raises(PresetError, match="adaptive: there is no such key"):
+        config_of(SMOKE, override)
+
+
 def ratchet(*arguments: object, home: Path, mark: str = "", seconds: float = 120, **variables: str) -> Ran:
     """Run the command to its end, as a user would."""
     process = start(*arguments, home=home, mark=mark or uuid.uuid4().hex, **variables)
@@ -270,7 +305,7 @@ def test_a_run_that_is_stopped_while_it_samples_goes_on_where_it_was(
     assert process.stderr is not None
     try:
         for line in process.stderr:
-            if line.startswith("it0 dev  score_answers"):  # dev is drawn, 160 rows; 4 s of rollouts on test come next
+            if "it0 dev  score_answers" in line:  # dev is drawn, 160 rows; 4 s of rollouts on test come next
                 break
         process.send_signal(number)
         _, err = process.communicate(timeout=10)
@@ -361,3 +396,54 @@ def states_of_task_runs(home: Path) -> list[str]:
     """The final state of every task run in the private server's database."""
     with contextlib.closing(sqlite3.connect(home / "prefect" / "prefect.db")) as database:
         return [state for (state,) in database.execute("select state_type from task_run")]
+
+
+GUARDED = (
+    *(one for one in SMALL if not one.startswith(("dev=", "gate.", "base.tiny", "evaluation.dev"))),
+    "base.tiny.training.max_steps=800",
+    "dev={arithmetic: {problems: 300, split: test}, rows: {start: 100}}",
+    "evaluation.dev.rollouts_per_prompt=4",
+    "dpo=null",
+    "sampling.adaptive={first: 4, more: 4, cap: 32}",
+)
+
+
+def save_noised(weights: Path, folder: Path, scale: float) -> None:
+    """A copy of a model with noise on every weight, so many times as wide as the weights of its tensor."""
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    shutil.copytree(weights, folder, ignore=shutil.ignore_patterns("manifest.json"))
+    generator = torch.Generator().manual_seed(0)
+    tensors = load_file(folder / "model.safetensors")
+    noised = {
+        name: one + scale * one.std() * torch.randn(one.shape, generator=generator) if one.numel() > 1 else one
+        for name, one in tensors.items()
+    }
+    save_file(noised, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+@pytest.mark.vllm
+def test_a_schedule_halts_at_a_policy_whose_weights_are_noised(
+    monkeypatch: pytest.MonkeyPatch, ratchet_home: Path
+) -> None:
+    config = config_of(TINY, *GUARDED)
+
+    def train_noised(base: ModelRef, *_: object) -> ModelRef:
+        folder = ratchet_home / "models" / ".scratch-noised" / "model"
+        folder.parent.mkdir()
+        save_noised(checkpoint_path(str(base.digest)), folder, 1.0)
+        return ModelRef(name="noised", digest=commit_checkpoint(folder, step="train_sft", parents=[str(base.digest)]))
+
+    monkeypatch.setattr("flows.rest_em.train_sft", train_noised)
+    with pytest.raises(Halted) as caught:
+        rest_em.fn(config, advance=True)
+    base, spoilt = Experiment("rest-em-tiny").iterations()
+    assert (spoilt.promoted, Experiment("rest-em-tiny").state().state) == (False, "halted")
+    assert base.dev_metrics["mean@1"]["value"] > spoilt.dev_metrics["mean@1"]["value"]
+    assert spoilt.regression is not None
+    assert spoilt.regression["p_value"] < 0.001
+    assert str(spoilt.regression["reason"]) in str(caught.value)
+    assert "Significantly worse" in (ratchet_home / "experiments" / "rest-em-tiny" / "report.json").read_text()
+    assert spoilt.funnel["sampled"] <= 64 * 16  # adaptive sampling, on the real engine
+    assert {"pass_rates", "gold_checks"} <= set(spoilt.references)

@@ -21,6 +21,7 @@ class Server(ThreadingHTTPServer):
         super().__init__(("127.0.0.1", 0), Handler)
         self.answer = answer
         self.bodies: list[dict[str, Any]] = []
+        self.models: list[dict[str, Any]] = []  # what it says that it serves
         self.headers: list[dict[str, str]] = []
         self.busy = self.busiest = 0
         self.lock = threading.Lock()
@@ -54,6 +55,13 @@ class Handler(BaseHTTPRequestHandler):
         self.end_headers()
         self.wfile.write(content)
         self.close_connection = True
+
+    def do_GET(self) -> None:
+        content = json.dumps({"data": self.server.models}).encode()
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(content)))
+        self.end_headers()
+        self.wfile.write(content)
 
     def log_message(self, format: str, *values: object) -> None:
         """Nothing."""

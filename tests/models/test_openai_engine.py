@@ -13,13 +13,15 @@ from models.engine import (
     Completion,
     EngineConfigurationError,
     EngineError,
+    LocalModel,
     Request,
     ScoreRequest,
     UnknownProbability,
     open_engine,
 )
+from models.openai_engine import OpenAIEngine
 from models.specs import ModelRef, OpenAI, Sampling
-from tests.models.endpoints import Reply, likeliest, ok, serving
+from tests.models.endpoints import Reply, Server, likeliest, ok, serving
 
 pytestmark = pytest.mark.flow  # a library, a server or a run that takes too long for every save
 
@@ -325,3 +327,59 @@ def test_chat_template_of_ones_own_is_refused() -> None:
 def test_exact_scoring_leaves_the_key_of_what_was_sampled_before_it_could_be_chosen() -> None:
     assert OpenAI(endpoints=("http://x/v1",), top_logprobs=5).key() == {"kind": "openai", "logprobs": True}
     assert OpenAI(endpoints=("http://x/v1",), scoring="top_logprobs").key()["top_logprobs"] == 20
+
+
+ADAPTER = LocalModel(
+    ref=ModelRef(name="base", digest="b" * 32, adapter="a" * 32), weights="/home/models/b", adapter="/home/models/a"
+)
+LOADS = OpenAI(endpoints=("http://unused/v1",), loads_adapters=True)
+
+
+def draw_with(*servers: Server, model: LocalModel = ADAPTER, count: int = 4) -> list[Completion]:
+    settings = OpenAI(endpoints=tuple(server.url for server in servers), loads_adapters=True)
+    messages = ({"role": "user", "content": "Question"},)
+    with OpenAIEngine(settings) as engine:
+        engine.use(model)
+        return list(engine.sample([Request(key=str(n), messages=messages, seed=n) for n in range(count)], SAMPLING))
+
+
+def test_an_adapter_is_loaded_into_each_endpoint_before_it_is_asked_for() -> None:
+    with serving(lambda number, body: ok()) as one, serving(lambda number, body: ok()) as two:
+        for server in (one, two):
+            server.models = [{"id": "served-name", "root": "/home/models/b"}]
+        assert len(draw_with(one, two)) == 4
+        base = LocalModel(ref=ModelRef(name="base", digest="b" * 32), weights="/home/models/b")
+        assert len(draw_with(one, model=base, count=1)) == 1
+    for server in (one, two):
+        loads = [body for body in server.bodies if body["path"] == "/v1/load_lora_adapter"]
+        assert loads[0] == {"path": loads[0]["path"], "lora_name": "a" * 32, "lora_path": "/home/models/a"}
+        asked = [body["model"] for body in server.bodies if body["path"] == "/v1/chat/completions"]
+        assert asked == ["a" * 32] * 2 + ["served-name"] * (server is one)
+
+
+def test_an_endpoint_with_another_base_or_without_adapters_is_refused_with_what_to_start() -> None:
+    with serving(lambda number, body: failing(404, '{"detail": "Not Found"}')) as server:
+        server.models = [{"id": "other", "root": "/home/models/c"}]
+        with pytest.raises(
+            EngineConfigurationError, match=r"serves \['/home/models/c'\], .* `vllm serve /home/models/b`"
+        ):
+            draw_with(server)
+        server.models[0]["root"] = "/home/models/b"
+        with pytest.raises(EngineConfigurationError, match="VLLM_ALLOW_RUNTIME_LORA_UPDATING=True, --enable-lora"):
+            draw_with(server)
+
+
+def test_an_endpoint_that_was_started_again_is_given_the_adapter_again() -> None:
+    loaded: list[int] = []
+
+    def answer(number: int, body: dict[str, Any]) -> Reply:
+        if "lora_name" in body:
+            loaded.append(number)
+            return ok()
+        return ok() if len(loaded) > 1 else failing(404, "the model `aaa` does not exist")
+
+    with serving(answer) as server:
+        server.models = [{"id": "base", "root": "/home/models/b"}]
+        assert len(draw_with(server, count=1)) == 1
+    assert len(loaded) == 2
+    assert LOADS.key() == OpenAI(endpoints=("http://unused/v1",)).key()  # where adapters are served changes no row

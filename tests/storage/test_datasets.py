@@ -12,7 +12,16 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from storage import datasets
-from storage.datasets import DatasetError, DatasetRef, data_files, iter_batches, read_manifest, read_rows, what_is_wrong
+from storage.datasets import (
+    DatasetError,
+    DatasetRef,
+    data_files,
+    iter_batches,
+    join_rows,
+    read_manifest,
+    read_rows,
+    what_is_wrong,
+)
 from storage.datasets import write_rows as write
 from storage.durable import attempt_name
 from storage.home import home
@@ -222,3 +231,31 @@ def test_the_datasets_library_reads_the_files(tmp_path: Path) -> None:
     files = [str(path) for path in data_files(ref)]
     loaded = hf_datasets.load_dataset("parquet", data_files=files, split="train", cache_dir=str(tmp_path / "cache"))
     assert loaded["answer"][:] == [None, "1", "2"]
+
+
+@pytest.mark.parametrize(
+    "part", [range(0, 25), range(0, 10), range(15, 17), range(3, 16), range(16, 24), range(24, 25)]
+)
+def test_a_part_is_read_from_the_files_that_hold_it(monkeypatch: pytest.MonkeyPatch, part: range) -> None:
+    monkeypatch.setattr(datasets, "FILE_ROWS", 10)
+    monkeypatch.setattr(datasets, "GROUP_ROWS", 5)
+    monkeypatch.setattr(datasets, "BATCH_ROWS", 4)
+    rows = prompts(25)
+    ref = stored(rows)
+    numbers = (range(0, 16), range(16, 25))  # groups of two batches, and a file ends with the group that fills it
+    assert [file.rows for file in read_manifest(ref).files] == [16, 9]
+    for file, held in zip(data_files(ref), numbers, strict=True):
+        if not set(part) & set(held):
+            file.unlink()
+    assert list(read_rows(ref, Prompt, part)) == rows[part.start : part.stop]
+
+
+def test_joined_parts_are_the_data_set_that_was_written_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = prompts(25)
+    whole = stored(rows)
+    parts = [write(rows[start:stop], Prompt, step="prompts_part") for start, stop in ((0, 7), (7, 8), (8, 25))]
+    assert join_rows(parts, Prompt, step="prompts") == whole
+    assert list(read_rows(whole, Prompt)) == rows
+    flip_byte(data_files(parts[1])[0])
+    with pytest.raises(DatasetError, match="is damaged: its sha256 is not the one in its manifest"):
+        join_rows(parts, Prompt, step="prompts")

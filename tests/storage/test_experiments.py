@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from storage.experiments import Experiment, ExperimentState, IterationRecord, StepRecord, experiments
+from storage.experiments import Experiment, ExperimentState, IterationRecord, StepRecord, Surroundings, experiments
 
 
 def step(name: str = "train_sft", run: str = "run-1") -> StepRecord:
@@ -129,3 +129,15 @@ def test_experiments_are_listed_by_name_once_they_have_begun(ratchet_home: Path)
 def test_a_name_that_is_no_plain_file_name_is_refused(name: str) -> None:
     with pytest.raises(ValueError, match="an experiment's name"):
         Experiment(name)
+
+
+def test_a_run_is_noted_with_what_it_was_made_with_and_how_it_ended(begun: Experiment) -> None:
+    begun.end("failed", "no")
+    made_with = Surroundings(versions={"torch": "2.13.0"}, commit=None, machine="Linux", accelerators=("NVIDIA H100",))
+    begun.begin("run-2", {"recipe": "rest_em"}, surroundings=made_with)
+    first, second = sorted(begun.runs(), key=lambda record: record.run)
+    assert (first.run, first.state, first.surroundings) == ("run-1", "failed", None)
+    assert first.finished_at is not None
+    assert (second.run, second.state, second.finished_at, second.surroundings) == ("run-2", "running", None, made_with)
+    begun.end("finished")
+    assert {record.run: record.state for record in begun.runs()} == {"run-1": "failed", "run-2": "finished"}

@@ -16,7 +16,7 @@ from storage import durable
 from storage import ledger as ledger_module
 from storage.datasets import DatasetError
 from storage.durable import attempt_name
-from storage.ledger import DamagedPart, Ledger, LedgerWriter
+from storage.ledger import DamagedPart, Ledger, LedgerWriter, look_for
 from tests.storage.builders import rollout
 
 ROOT = Path(__file__).parents[2]
@@ -167,7 +167,7 @@ def test_rows_that_could_not_be_stored_are_kept_for_the_next_flush(monkeypatch: 
 def test_a_process_killed_while_sampling_loses_only_rows_in_flight() -> None:
     script = """
 import sys
-from storage.ledger import DamagedPart, Ledger, LedgerWriter
+from storage.ledger import DamagedPart, Ledger, LedgerWriter, look_for
 from tests.storage.builders import rollout
 with LedgerWriter(Ledger({"policy": "killed"}), flush_rows=3) as writer:
     for index in range(7):
@@ -182,3 +182,15 @@ with LedgerWriter(Ledger({"policy": "killed"}), flush_rows=3) as writer:
         child.send_signal(signal.SIGKILL)
         child.wait()
     assert Ledger({"policy": "killed"}).present() == {"a": 0b111111}
+
+
+def test_looking_counts_the_rollouts_wanted_once_and_writes_nothing(ratchet_home: Path) -> None:
+    assert look_for(KEY, {"p"}, 2) == 0
+    assert not ratchet_home.exists()
+    ledger = Ledger(KEY)
+    ledger.append([rollout("p", 0), rollout("p", 1), rollout("q", 0)])
+    ledger.append([rollout("p", 1), rollout("p", 2)])
+    (ledger.folder / "part-9-damaged.parquet").write_bytes(b"torn")
+    before = sorted(ledger.folder.iterdir())
+    assert look_for(KEY, {"p"}, 2) == 2  # p/0 and p/1, which lies there twice; p/2 is not wanted
+    assert sorted(ledger.folder.iterdir()) == before

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from storage.rows import Rollout
@@ -18,6 +18,7 @@ from tasks.answers import (
     extract_answer,
     is_readable,
     parse_answer,
+    read_any_answer,
     score_by_answer,
     trim_after_answer,
 )
@@ -47,6 +48,31 @@ def test_hard_answer_gets_its_hand_written_verdict(case: dict[str, Any]) -> None
     scored = score_by_answer(rollout(case["completion"]), case["gold"], case["marker"])
     assert scored.reason == case["expected"]
     assert scored.reward == {"match": 1.0, "mismatch": 0.0}.get(case["expected"])
+
+
+NUMBERS = ["72", "-3", "1,000", "1000000", "0", "007", "12,34", "1,0000", ".00", ".0", ".5", "e5", "½"]
+WORDS = [
+    "The answer is",
+    "more than",
+    "half of",
+    "apples",
+    "a",
+    "k",
+    "dozen",
+    "million",
+    "squared",
+    "not",
+    "plus",
+    "USD",
+]
+MARKS = [".", "**", "*", "$", "\\boxed{", "}", "%", "=", "/", "-", "_", "#", " ", "  ", "\n", "\u2009"]
+PIECES = st.sampled_from([*NUMBERS, *WORDS, *MARKS])
+
+
+@given(st.lists(PIECES, min_size=1, max_size=7).map("".join))
+@settings(max_examples=2_000, deadline=None)
+def test_the_short_way_reads_what_the_long_way_reads(text: str) -> None:
+    assert parse_answer(text) == read_any_answer(text)
 
 
 def test_there_are_eighty_hard_cases_or_more() -> None:

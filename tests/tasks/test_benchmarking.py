@@ -3,16 +3,19 @@
 import json
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from models import harness
+from models.engine import EngineError
 from models.ifeval_libraries import STAND_IN, BenchmarkError, prepare_ifeval
 from models.specs import Fake, ModelRef, PromptTemplate
 from storage.benchmark_files import local_splits
 from storage.datasets import read_rows
 from storage.rows import BenchmarkMetric, BenchmarkSample
 from tasks.benchmarking import (
+    Part,
     answer_benchmark,
     benchmark_faults,
     evaluate_benchmark,
@@ -57,6 +60,26 @@ def test_a_benchmarks_own_introduction_stands_behind_the_recipes() -> None:
     assert first.roles == ["system", "user", "assistant", "user"]
     assert first.contents[0].startswith("Be brief.\n\nThe following are multiple choice questions")
     assert first.continuations == ["A", "B", "C", "D"] and len(first.logprobs) == 4
+
+
+def test_a_group_goes_on_with_the_task_that_it_broke_off_at(documents: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    benchmark = Benchmark(task="mmlu", shots=0, limit=1)
+    _write_every_subject(benchmark)
+    asked: list[str] = []
+    run_task = harness.run_task
+
+    def broken_once(task: harness.TaskToRun, *others: Any) -> list[harness.Answer]:
+        asked.append(task.name)
+        if len(asked) == 3:
+            raise EngineError("the engine died")
+        return run_task(task, *others)
+
+    monkeypatch.setattr(harness, "run_task", broken_once)
+    with pytest.raises(EngineError):
+        answered(benchmark)
+    rows = answered(benchmark)
+    assert asked[2] == asked[3] and len(asked) == len(set(asked)) + 1 == 58
+    assert [row.task for row in rows] == sorted({row.task for row in rows}) and len(rows) == 57
 
 
 def _write_every_subject(benchmark: Benchmark) -> None:
@@ -110,16 +133,19 @@ def test_all_four_accuracies_of_ifeval_are_figured_and_a_missing_sentence_model_
 def test_an_answered_benchmark_is_not_answered_again() -> None:
     benchmark = Benchmark(task="hellaswag", shots=2, limit=3)
     first = evaluate_benchmark(POLICY, SPOKEN, benchmark, Fake())
-    assert answer_benchmark.lookup(POLICY, SPOKEN, benchmark, material_of(benchmark), Fake()).found is not None
+    part = Part(task="hellaswag", config=None)
+    material = material_of(benchmark, part)
+    assert answer_benchmark.lookup(POLICY, SPOKEN, benchmark, part, material, Fake()).found is not None
     assert evaluate_benchmark(POLICY, SPOKEN, benchmark, Fake()) == first
 
 
 def test_other_documents_are_another_benchmark(documents: Path) -> None:
     benchmark = Benchmark(task="arc_easy", limit=2)
-    before = material_of(benchmark)
+    part = Part(task="arc_easy", config="ARC-Easy")
+    before = material_of(benchmark, part)
     file = documents / "ai2_arc" / "ARC-Easy" / "test.jsonl"
     file.write_text(file.read_text().replace("lamp", "lantern"))
-    assert material_of(benchmark) != before
+    assert material_of(benchmark, part) != before
 
 
 def test_documents_that_are_nowhere_are_asked_for_by_name(documents: Path, monkeypatch: pytest.MonkeyPatch) -> None:

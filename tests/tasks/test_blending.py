@@ -85,6 +85,18 @@ def test_dropped_rows_are_counted_and_the_first_is_shown(tmp_path: Path, caplog:
     assert "'chosen equals rejected': 2, 'stands there more than once': 1, 'longer than max_tokens': 1" in caplog.text
 
 
+def test_the_system_text_that_a_chat_is_trained_with_counts_as_its_tokens(tmp_path: Path) -> None:
+    chats = [
+        {"messages": [{"role": "user", "content": "one two"}, {"role": "assistant", "content": "three"}]},
+        {"messages": [{"role": "system", "content": "four"}, {"role": "user", "content": "one two"},
+                      {"role": "assistant", "content": "three"}]},
+    ]  # fmt: skip
+    mixed = mixture(entry(jsonl(tmp_path / "a.jsonl", *chats), filters={"max_tokens": 4}))
+    assert len(conversations(blend(mixed, NOTHING, FAKE))) == 2  # of 3 and 4 words
+    (left,) = conversations(blend(mixed, NOTHING, FAKE, "Be very brief."))  # the first has 3 + 3 now
+    assert left.roles[0] == "system"
+
+
 def test_a_source_without_a_row_left_is_an_error_that_says_why(tmp_path: Path) -> None:
     file = jsonl(tmp_path / "a.jsonl", {"prompt": "b", "chosen": "same", "rejected": "same"})
     with pytest.raises(ValueError, match=r"no row of a.jsonl is left: \{'chosen equals rejected': 1\}"):

@@ -57,6 +57,15 @@ def test_a_changed_input_is_traced_to_the_setting_that_changed_first(smoke: Expe
     assert input_change.new_from is not None and input_change.new_from.startswith("select_demonstrations, iteration 1,")
 
 
+def test_adaptive_sampling_is_sampling_to_whoever_asks(smoke: Experiment) -> None:
+    again("sampling.adaptive={first: 2, more: 2, wanted_correct: 1, wanted_incorrect: 1}")
+    sampled = next(one for one in explain("sample_rollouts") if one.iteration == 1)
+    assert sampled.verdict == "changed"
+    assert parts(sampled)["sampling.adaptive.first"] == (None, 2)
+    assert sampled.ledger is not None
+    assert (sampled.ledger.drawn, sampled.ledger.in_ledger) == (0, sampled.new.rows)  # plain sampling had drawn them
+
+
 def test_a_change_that_leaves_the_rows_equal_ends_there(smoke: Experiment) -> None:
     again("selection.max_per_prompt=9")  # no prompt has more than four rollouts
     (selected,), (trained,) = explain("select_demonstrations"), explain("train_sft")
@@ -122,7 +131,7 @@ def test_a_failed_run_says_why_it_failed(smoke: Experiment) -> None:
 @pytest.mark.parametrize(
     ("step", "experiment", "iteration", "message"),
     [
-        ("train_sfd", None, None, "no step 'train_sfd' ran in rest-em-smoke; steps that did: decide_promotion, draw_"),
+        ("train_sfd", None, None, "no step 'train_sfd' ran in rest-em-smoke; steps that did: check_gold, decide_prom"),
         ("train_sft", "other", None, "no experiment 'other' .* there are: rest-em-smoke"),
         ("train_sft", None, 7, r"train_sft never ran in iteration 7 of rest-em-smoke; it ran in \[1\]"),
     ],

@@ -1,11 +1,12 @@
 """The gate: what is promoted, and what its sentence says."""
 
+from dataclasses import replace
 from typing import Literal
 
 import pytest
 
 from storage.rows import EvaluatedPrompt
-from tasks.promotion import Gate, decide, hold_to_benchmarks
+from tasks.promotion import Gate, Regression, decide, find_regression, hold_to_benchmarks
 from tests.tasks.builders import evaluated
 
 
@@ -99,3 +100,42 @@ def test_a_policy_that_was_turned_down_anyway_stays_so() -> None:
     assert not hold_to_benchmarks(decide(SLIGHTLY, WEAK, Gate()), same, same, 0.1).promoted
     with pytest.raises(ValueError, match="use the same limits"):
         hold_to_benchmarks(decide(STRONG, WEAK, Gate()), same, [evaluated("e", 1.0, "mmlu (5)")], 0.1)
+
+
+@pytest.mark.parametrize(
+    ("fell", "found"),
+    # Of n differing prompts all are worse: one-sided p = 1 / 2^n. 1/64 = 0.016 and 1/128 = 0.008 with alpha 0.01
+    [pytest.param(6, False, id="six of ten fell"), pytest.param(7, True, id="seven of ten fell")],
+)
+def test_a_fall_that_may_be_chance_is_no_regression(fell: int, found: bool) -> None:
+    before, after = policy(*[1.0] * 10), policy(*[0.0] * fell, *[1.0] * (10 - fell))
+    fall = find_regression(after, before, Gate())
+    assert (fall.found, fall.p_value, fall.fell, fall.rose) == (found, 1 / 2**fell, fell, 0)
+
+
+def test_a_rise_is_no_regression() -> None:
+    assert not find_regression(STRONG, WEAK, Gate(regression=Regression(alpha=0.9))).found
+
+
+def test_a_fall_no_larger_than_allowed_is_no_regression() -> None:
+    before, after = policy(*[1.0] * 10), policy(*[0.0] * 8, *[1.0] * 2)
+    assert find_regression(after, before, Gate(regression=Regression(minimum_drop=0.7))).found
+    assert not find_regression(after, before, Gate(regression=Regression(minimum_drop=0.8))).found
+
+
+def test_a_regression_is_explained() -> None:
+    # Four rollouts a prompt; on the ten that fell, three had no answer: 30 of 48 in all, where 0 of 48 had none before.
+    before = policy(*[1.0] * 10, *[0.0] * 2)
+    after = [replace(row, undecided=3) for row in policy(*[0.0] * 10)] + policy(*[0.0] * 10, 1.0, 0.0)[10:]
+    fall = find_regression(after, before, Gate())
+    # 11 prompts differ, ten down and one up: of 2^11 sign patterns, 1 + 11 are as far down
+    assert fall.p_value == 12 / 2048
+    assert fall.reason == (
+        "Significantly worse: mean@1 fell from 83.3 % to 8.3 % on the dev split (one-sided p = 0.0059, below 0.01); 10 "
+        "prompts fell and 1 rose; rollouts without an answer to score went from 0.0 % to 62.5 %."
+    )
+
+
+def test_what_stops_at_a_regression_is_in_no_key() -> None:
+    assert Gate(regression=None).key() == Gate().key()
+    assert Regression(stops="every run").key() == Regression().key() != Regression(alpha=0.02).key()
