@@ -15,7 +15,8 @@ from tests.flows.builders import REPOSITORY, SMOKE
 from tests.models.test_openai_engine import failing, sample, serving
 
 PLANTED = "planted-7f3a9c51e2"
-SECRETS = {name: PLANTED for name in ("HF_TOKEN", "OPENAI_API_KEY", "WANDB_API_KEY", "PREFECT_API_AUTH_STRING")}
+AWS = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN")  # in a bucket: test_object_store.py
+SECRETS = {name: PLANTED for name in (*AWS, "HF_TOKEN", "OPENAI_API_KEY", "WANDB_API_KEY", "PREFECT_API_AUTH_STRING")}
 
 
 def run(home: Path, *more: str) -> subprocess.CompletedProcess[str]:
