@@ -9,6 +9,7 @@ import logging
 import os
 import shlex
 import signal
+import sys
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
 from pathlib import Path
@@ -25,6 +26,7 @@ from flows.console import (
     SetOption,
     err,
     fail,
+    name_home,
     out,
     print_json,
     use_home,
@@ -44,6 +46,8 @@ from flows.server import (
 from flows.terminal import iteration_tables, published_table, yield_table
 from flows.watching import Lines
 from storage.experiments import Experiment
+from storage.leases import LeaseLostError
+from storage.stores import StoreError
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__)
 
@@ -134,7 +138,7 @@ app.command()(measuring.view_logprobs)
 @app.command()
 def doctor(home_: HomeOption = None, json_: JsonOption = False) -> None:
     """Whether this machine has what a run needs, each thing with what to do about it."""
-    use_home(home_)
+    name_home(home_)
     from flows.doctor import examine
 
     findings = examine()
@@ -218,7 +222,11 @@ def main() -> None:
     logging.getLogger("ratchet").setLevel(
         min(logging.INFO, terminal.level)
     )  # Prefect's log gets more than the terminal
-    app()
+    try:
+        app()
+    except (StoreError, LeaseLostError) as error:
+        err.print(str(error), style="red", markup=False)
+        sys.exit(1)
 
 
 def _run_flow(recipe: Recipe, *, plainly: bool, advance: bool) -> None:

@@ -13,14 +13,31 @@ WIDTH = None if sys.stdout.isatty() else 140  # a log file is read in a wide win
 out = Console(highlight=False, emoji=False, width=WIDTH)
 err = Console(stderr=True, highlight=False, emoji=False, width=WIDTH, soft_wrap=True)
 
-HomeOption = Annotated[str | None, typer.Option("--home", help="where everything is kept; else RATCHET_HOME")]
 PresetArgument = Annotated[Path, typer.Argument(help="a preset, for instance deployments/presets/rest_em/tiny.yaml")]
 SetOption = Annotated[list[str] | None, typer.Option("--set", help="a.b=c, over the preset; may be given again")]
+HomeOption = Annotated[
+    str | None, typer.Option("--home", help="folder or URL where everything is kept; else RATCHET_HOME")
+]
 JsonOption = Annotated[bool, typer.Option("--json", help="for programs")]
 
 
 def use_home(folder: str | None) -> None:
-    """Let the home be this folder, if one is named."""
+    """Let the home be this folder or URL, if one is named, and bring this machine's copy of a URL up to date.
+
+    Where that cannot be done, the command fails.
+    """
+    name_home(folder)
+    if "://" in os.environ.get("RATCHET_HOME", ""):
+        from storage.opening import open_home
+
+        try:
+            open_home()
+        except (OSError, ValueError) as error:
+            fail(str(error), 2)
+
+
+def name_home(folder: str | None) -> None:
+    """Let the home be this folder or URL, if one is named."""
     if folder is not None:
         os.environ["RATCHET_HOME"] = folder
 

@@ -27,7 +27,7 @@ from flows.forms import form_of
 from flows.presets import PresetError
 from flows.recipes import Recipe
 from flows.server import HEARTBEAT_SECONDS
-from storage.home import home
+from storage.home import home_name, home_url
 
 REPOSITORY = Path(__file__).parents[1]
 TAG = "ratchet"
@@ -180,7 +180,9 @@ def _deploy_one(client: SyncPrefectClient, one: Deployment, pool: str, cron: str
         schedule=CronSchedule(cron=cron or NIGHTLY, timezone="UTC"), active=cron is not None
     )
     name = f"{one.flow.name}/{one.name}"
-    folder, places = (str(REPOSITORY), _places()) if image is None else (IN_IMAGE, {"RATCHET_HOME": HOME_IN_IMAGE})
+    folder, places = (
+        (str(REPOSITORY), _places()) if image is None else (IN_IMAGE, {"RATCHET_HOME": home_url() or HOME_IN_IMAGE})
+    )
     common: dict[str, Any] = {
         "description": one.description,
         "entrypoint": one.entrypoint,
@@ -213,7 +215,7 @@ def _settings_of_jobs() -> dict[str, str]:
 def _places() -> dict[str, str]:
     """Where runs read and write, on this machine; secrets stay in the worker's own environment."""
     data = os.environ.get("RATCHET_DATA")
-    return {"RATCHET_HOME": str(home().absolute()), **({"RATCHET_DATA": data} if data else {})}
+    return {"RATCHET_HOME": home_name(), **({"RATCHET_DATA": data} if data else {})}
 
 
 def _first_comment(preset: Path) -> str:

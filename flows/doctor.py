@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from storage.home import home
+from storage.home import home, home_url
 
 # Versions that were verified together (DESIGN 12); others may work, and these known ones do not.
 VERIFIED = {
@@ -44,6 +44,7 @@ def examine() -> list[Finding]:
         _memory(),
         _disk(),
         _home(),
+        *_store(),
         _sandbox(),
     ]
 
@@ -114,6 +115,16 @@ def _home() -> Finding:
     return Finding(
         good, f"{home()} can be written" if good else f"{folder} cannot be written; give another with --home"
     )
+
+
+def _store() -> Iterator[Finding]:
+    """The object store of a home that is a URL; there is nothing to tell of a folder."""
+    from storage.opening import what_is_wrong_with_store
+
+    if wrong := what_is_wrong_with_store():
+        yield Finding(False, wrong)
+    elif url := home_url():
+        yield Finding(True, f"{url} can be written, and machines can exclude each other there")
 
 
 def _sandbox() -> Finding:

@@ -10,7 +10,7 @@ from flows.telling import garbage_lines, trace_lines, why_lines
 from flows.terminal import status_tables
 from storage.datasets import DatasetError
 from storage.experiments import Experiment, experiments
-from storage.home import home
+from storage.home import home_name
 
 ExperimentOption = Annotated[str | None, typer.Option("--experiment", help="only this one")]
 
@@ -29,7 +29,7 @@ def status(
         print_json([facts(one) for one in found])
         return
     if not found:
-        out.print(f"no experiment in {home()} yet; start one with: ratchet run PRESET")
+        out.print(f"no experiment in {home_name()} yet; start one with: ratchet run PRESET")
     for one in found:
         for table in status_tables(one):
             out.print(table)
@@ -136,5 +136,5 @@ def experiment_named(name: str) -> Experiment:
     """The experiment of this name in the home; without one, the command fails and lists those there are."""
     known = [one.name for one in experiments()]
     if name not in known:
-        fail(f"there is no experiment {name!r} in {home()}; there are: {', '.join(known) or 'none yet'}", 2)
+        fail(f"there is no experiment {name!r} in {home_name()}; there are: {', '.join(known) or 'none yet'}", 2)
     return Experiment(name)

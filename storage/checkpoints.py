@@ -14,9 +14,18 @@ from pathlib import Path
 
 from pydantic import AwareDatetime, BaseModel, ConfigDict, JsonValue, ValidationError
 
-from storage.datasets import MANIFEST, REBUILD, DatasetError, DatasetRef, StoredFile, what_is_wrong_with_files
+from storage.committing import commit_folder, put_file
+from storage.datasets import (
+    REBUILD,
+    DatasetError,
+    DatasetRef,
+    StoredFile,
+    fetch_absent,
+    what_is_wrong_with_files,
+)
 from storage.digests import canonical_json, digest_of, file_sha256
-from storage.durable import attempt_folder, commit_folder, put_file, remove_stale_attempts
+from storage.durable import attempt_folder, remove_stale_attempts
+from storage.fetching import MANIFEST, fetch
 from storage.home import home
 from storage.names import checked_name, safe_name
 
@@ -83,6 +92,7 @@ def checkpoint_path(digest: str) -> Path:
     """
     if wrong := what_is_wrong_with_checkpoint(digest):
         raise DatasetError(f"{wrong}; {REBUILD}")
+    fetch_absent(f"models/{digest}", read_checkpoint_manifest(digest).files)
     return _folder(digest)
 
 
@@ -101,8 +111,11 @@ def read_checkpoint_manifest(digest: str) -> CheckpointManifest:
     Raises:
         DatasetError: there is no readable manifest of this checkpoint.
     """
+    path = _folder(digest) / MANIFEST
+    if not path.exists():
+        fetch(path)
     try:
-        manifest = CheckpointManifest.model_validate_json((_folder(digest) / MANIFEST).read_bytes())
+        manifest = CheckpointManifest.model_validate_json(path.read_bytes())
     except FileNotFoundError as error:
         raise DatasetError(
             f"models/{digest} is gone, or was never finished: it has no {MANIFEST}; {REBUILD}"

@@ -3,6 +3,8 @@
 Data sets, models and step records are named by digests. What an experiment's files mention is kept, and so is what the
 records and manifests of kept things mention, to the end. No kind of reference has to be known for that, so a mistake
 keeps too much, never too little. Young things are kept, and what they mention, as if an experiment mentioned them.
+
+Of a home in an object store, sizes and ages are those of the store, and what is removed is removed there first.
 """
 
 import contextlib
@@ -18,10 +20,15 @@ from typing import Any, Literal, NamedTuple
 
 from pydantic import ValidationError
 
+from storage.committing import remove, remove_object
 from storage.durable import attempt_name
 from storage.experiments import Experiment
-from storage.home import home
+from storage.fetching import MANIFEST, listing
+from storage.home import home, home_url
 from storage.locks import exclusive
+from storage.names import safe_name
+from storage.opening import open_home
+from storage.stores import Stored
 
 Kind = Literal["step record", "data set", "model", "ledger", "unfinished", "lock"]
 
@@ -35,6 +42,7 @@ _PLACES: tuple[tuple[Kind, str], ...] = (  # in the order of removal: what point
 )
 _TELLERS = ("steps/*/{}.json", "datasets/*/{}/manifest.json", "models/{}/manifest.json", "ledger/{}/key.json")
 _SECONDS_A_DAY = 86_400.0
+_NOTHING: Mapping[str, Stored] = {}
 _ATTEMPT_DAYS = 1.0  # another host may be writing it, and we cannot ask whether its process lives
 
 
@@ -66,14 +74,47 @@ def collect_garbage(*, older_than_days: float, delete: bool) -> list[Garbage]:
         LockedError: an experiment is running; names its process.
     """
     with _no_experiment_running():
-        found = [garbage for garbage in _garbage(older_than_days) if garbage.days >= older_than_days]
-        for garbage in found if delete else ():
-            _remove(home() / garbage.name)
+        open_home()
+        stored = listing()
+        sizes = _in_store(stored)
+        garbage = [*_garbage(older_than_days, sizes), *_left_in_store(stored, sizes)]
+        found = [one for one in garbage if one.days >= older_than_days]
+        for one in found if delete else ():
+            if one.name in stored and one.kind in ("lock", "unfinished"):
+                remove_object(one.name)
+            else:
+                remove(home() / one.name)
+                _remove(home() / one.name)
     return found
 
 
-def _garbage(older_than_days: float) -> Iterator[Garbage]:
-    things = [thing for thing in _things() if _DIGEST.fullmatch(thing.digest)]  # no other name is one of ours
+def _in_store(stored: Mapping[str, Stored]) -> dict[str, Stored]:
+    """The things that the store holds, by name: their bytes, and when anything of them was last written."""
+    found: dict[str, Stored] = {}
+    for name, one in stored.items():
+        depth = {"steps": 3, "datasets": 3, "models": 2, "ledger": 2}.get(name.partition("/")[0], 0)
+        thing = "/".join(name.split("/")[:depth])
+        before = found.get(thing, Stored(0, 0.0, ""))
+        found[thing] = Stored(before.bytes + one.bytes, max(before.modified, one.modified), "")
+    return found
+
+
+def _left_in_store(stored: Mapping[str, Stored], sizes: Mapping[str, Stored]) -> Iterator[Garbage]:
+    """Uploads that were killed before their manifest, and leases that nobody has renewed for a day."""
+    for name, one in sizes.items():
+        ours = name.startswith(("datasets/", "models/")) and _DIGEST.fullmatch(name.rpartition("/")[2])
+        if ours and f"{name}/{MANIFEST}" not in stored:
+            days = _days_since(one.modified)
+            if days >= _ATTEMPT_DAYS:
+                yield Garbage("unfinished", name, one.bytes, days, "whoever uploaded it is gone")
+    for name, one in stored.items():
+        days = _days_since(one.modified)
+        if name.startswith(("locks/step-", "locks/.clock-", ".probe-")) and days >= _ATTEMPT_DAYS:
+            yield Garbage("lock", name, one.bytes, days, "nobody holds it")
+
+
+def _garbage(older_than_days: float, sizes: Mapping[str, Stored]) -> Iterator[Garbage]:
+    things = [thing for thing in _things(sizes) if _DIGEST.fullmatch(thing.digest)]  # no other name is one of ours
     unfinished = _unfinished_experiments()
     live = _live([thing.digest for thing in things if thing.days < older_than_days])
     samplings = [_inputs(thing.path) for thing in things if thing.kind == "step record" and thing.digest in live]
@@ -82,17 +123,18 @@ def _garbage(older_than_days: float) -> Iterator[Garbage]:
             continue
         if thing.kind == "ledger" and _is_wanted(_read_json(thing.path / "key.json"), samplings, live, unfinished):
             continue
-        yield _told(thing.kind, thing.path, thing.days, "no experiment refers to it")
+        yield _told(thing.kind, thing.path, thing.days, "no experiment refers to it", sizes)
     yield from _unfinished_work({thing.digest for thing in things if thing.kind == "step record"}, unfinished)
     for path in sorted(home().glob("locks/step-*.lock")):
         if not _is_held(path):
             yield _told("lock", path, _days(path), "nobody holds it")
 
 
-def _things() -> Iterator[_Thing]:
+def _things(sizes: Mapping[str, Stored]) -> Iterator[_Thing]:
     for kind, pattern in _PLACES:
         for path in sorted(home().glob(pattern)):
-            yield _Thing(kind, path, _days(path))
+            stored = sizes.get(path.relative_to(home()).as_posix())
+            yield _Thing(kind, path, _days(path) if stored is None else _days_since(stored.modified))
 
 
 def _live(young: Iterable[str]) -> set[str]:
@@ -172,15 +214,22 @@ def _unfinished_work(done: set[str], unfinished: list[str]) -> Iterator[Garbage]
                 yield _told("unfinished", path, days, "whoever wrote it is gone")
 
 
-def _told(kind: Kind, path: Path, days: float, why: str) -> Garbage:
+def _told(kind: Kind, path: Path, days: float, why: str, sizes: Mapping[str, Stored] = _NOTHING) -> Garbage:
+    name = path.relative_to(home()).as_posix()
+    if name in sizes:
+        return Garbage(kind, name, sizes[name].bytes, days, why)
     files = [path] if path.is_file() else [file for file in path.rglob("*") if file.is_file()]
-    return Garbage(kind, path.relative_to(home()).as_posix(), sum(file.stat().st_size for file in files), days, why)
+    return Garbage(kind, name, sum(file.stat().st_size for file in files), days, why)
 
 
 def _days(path: Path) -> float:
     """Days since anything of it was last written to."""
     newest = max(part.lstat().st_mtime for part in (path, *path.rglob("*")))
-    return max(0.0, round((time.time() - newest) / _SECONDS_A_DAY, 3))
+    return _days_since(newest)
+
+
+def _days_since(moment: float) -> float:
+    return max(0.0, round((time.time() - moment) / _SECONDS_A_DAY, 3))
 
 
 def _read_json(file: Path) -> Any:
@@ -221,6 +270,9 @@ def _is_held(path: Path) -> bool:
 def _no_experiment_running() -> Iterator[None]:
     """Hold the locks of all experiments, so that none is running and none begins."""
     with contextlib.ExitStack() as locks:
-        for path in sorted(home().glob("locks/experiment-*.lock")):
-            locks.enter_context(exclusive(path.stem, wait_seconds=0))
+        names = {path.stem for path in home().glob("locks/experiment-*.lock")}
+        if home_url() is not None:
+            names |= {safe_name(f"experiment-{path.name}") for path in home().glob("experiments/[!.]*")}
+        for name in sorted(names):
+            locks.enter_context(exclusive(name, wait_seconds=0))
         yield

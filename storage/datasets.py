@@ -16,8 +16,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, JsonValue, ValidationError
 
+from storage.committing import commit_folder, put_file
 from storage.digests import RowsDigest, canonical_json, file_sha256
-from storage.durable import attempt_folder, commit_folder, put_file
+from storage.durable import attempt_folder
+from storage.fetching import MANIFEST, DamagedObjectError, fetch, fetch_again, fetch_files, sizes
 from storage.home import home
 from storage.names import checked_name
 from storage.rows import Row
@@ -25,7 +27,6 @@ from storage.schemas import arrow_schema, batch_of, rows_of
 
 R = TypeVar("R", bound=Row)
 
-MANIFEST = "manifest.json"
 BATCH_ROWS = 1_000  # rows that are Python objects at one time
 GROUP_ROWS, GROUP_BYTES = 20_000, 32 * 2**20  # a Parquet row group: written when either is reached
 FILE_ROWS, FILE_BYTES = 100_000, 512 * 2**20  # before compression
@@ -157,6 +158,7 @@ def data_files(ref: DatasetRef) -> list[Path]:
     manifest = read_manifest(ref)
     if wrong := what_is_wrong(ref):
         raise DatasetError(f"{wrong}; {REBUILD}")
+    fetch_absent(ref.name, manifest.files)
     return [home() / ref.name / file.name for file in manifest.files]
 
 
@@ -167,6 +169,8 @@ def read_manifest(ref: DatasetRef) -> Manifest:
         DatasetError: there is no readable manifest of this data set.
     """
     path = home() / ref.name / MANIFEST
+    if not path.exists():
+        fetch(path)
     try:
         manifest = Manifest.model_validate_json(path.read_bytes())
     except FileNotFoundError as error:
@@ -190,15 +194,43 @@ def what_is_wrong(ref: DatasetRef, *, deep: bool = False) -> str | None:
 
 
 def what_is_wrong_with_files(files: Iterable[StoredFile], name: str, *, deep: bool) -> str | None:
-    """None if all files of the folder `name` of the home are there with their sizes (`deep`: and their digests)."""
+    """None if all files of the folder `name` of the home are there with their sizes (`deep`: and their digests).
+
+    One that only the home's object store has, with its size, is there; its digest is compared when it is fetched.
+    """
+    in_store: dict[str, int] | None = None
     for file in files:
         path = home() / name / file.name
         if not path.is_file():
+            in_store = sizes(name) if in_store is None else in_store
+            if in_store.get(file.name) == file.bytes:
+                continue
             return f"{name}/{file.name} is missing"
-        if path.stat().st_size != file.bytes:
-            return f"{name}/{file.name} has {path.stat().st_size} bytes, its manifest says {file.bytes}"
-        if deep and file_sha256(path) != file.sha256:
-            return f"{name}/{file.name} is damaged: its sha256 is not the one in its manifest"
+        wrong = _what_is_wrong_with_file(path, file, name, deep=deep)
+        if wrong and fetch_again(path):
+            wrong = _what_is_wrong_with_file(path, file, name, deep=True)
+        if wrong:
+            return wrong
+    return None
+
+
+def fetch_absent(name: str, files: Iterable[StoredFile]) -> None:
+    """Have the files of the folder `name` of the home on this machine, where an object store has them.
+
+    Raises:
+        DatasetError: the store's are damaged; they count as gone now.
+    """
+    try:
+        fetch_files(name, [(file.name, file.bytes, file.sha256) for file in files])
+    except DamagedObjectError as error:
+        raise DatasetError(f"{error}; {REBUILD}") from error
+
+
+def _what_is_wrong_with_file(path: Path, file: StoredFile, name: str, *, deep: bool) -> str | None:
+    if path.stat().st_size != file.bytes:
+        return f"{name}/{file.name} has {path.stat().st_size} bytes, its manifest says {file.bytes}"
+    if deep and file_sha256(path) != file.sha256:
+        return f"{name}/{file.name} is damaged: its sha256 is not the one in its manifest"
     return None
 
 
@@ -249,6 +281,7 @@ def _batches(
         if part is not None and not (part.start < number + (file.rows or 0) and number < part.stop):
             number += file.rows or 0
             continue
+        fetch_absent(ref.name, [file])
         if wrong := what_is_wrong_with_files([file], ref.name, deep=True):
             raise DatasetError(f"{wrong}; {REBUILD}")
         with pq.ParquetFile(home() / ref.name / file.name) as parquet:

@@ -21,7 +21,7 @@ _MOST_REPLACEMENTS = 10  # of one folder by writers who race each other
 
 def attempt_name() -> str:
     """A name for something unfinished: it says on which host and by which process, and no one else has it."""
-    return f".attempt-{_host()}-{os.getpid()}-{uuid.uuid4().hex[:8]}"
+    return f".attempt-{this_host()}-{os.getpid()}-{uuid.uuid4().hex[:8]}"
 
 
 @contextmanager
@@ -41,7 +41,7 @@ def remove_stale_attempts(folder: Path) -> None:
     """Remove what processes of this host left unfinished when they died. Other hosts' are not ours to judge."""
     for path in folder.glob(".attempt-*"):
         found = _ATTEMPT.fullmatch(path.name)
-        if found is None or found["host"] != _host() or _is_alive(int(found["pid"])):
+        if found is None or found["host"] != this_host() or is_alive(int(found["pid"])):
             continue
         if path.is_dir():
             shutil.rmtree(path, ignore_errors=True)
@@ -108,23 +108,16 @@ def commit_folder(attempt: Path, final: Path, *, is_whole: Callable[[], bool]) -
     raise OSError(errno.EEXIST, "other processes keep writing a damaged folder of this name", str(final))
 
 
-def _set_aside(folder: Path) -> None:
-    aside = folder.with_name(attempt_name())
-    try:
-        folder.rename(aside)
-    except FileNotFoundError:  # another writer was faster
-        return
-    shutil.rmtree(aside, ignore_errors=True)
-
-
 @cache
-def _host() -> str:
+def this_host() -> str:
+    """A short name for this machine and its process ids."""
     namespace = Path("/proc/self/ns/pid")  # containers may share a host's name, but not its process ids
     spaces = str(namespace.readlink()) if namespace.is_symlink() else ""
     return hashlib.sha256(f"{platform.node()} {spaces}".encode()).hexdigest()[:8]
 
 
-def _is_alive(pid: int) -> bool:
+def is_alive(pid: int) -> bool:
+    """Whether a process of this machine is there."""
     try:
         os.kill(pid, 0)
     except ProcessLookupError:
@@ -132,3 +125,12 @@ def _is_alive(pid: int) -> bool:
     except PermissionError:
         return True
     return True
+
+
+def _set_aside(folder: Path) -> None:
+    aside = folder.with_name(attempt_name())
+    try:
+        folder.rename(aside)
+    except FileNotFoundError:  # another writer was faster
+        return
+    shutil.rmtree(aside, ignore_errors=True)

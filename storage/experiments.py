@@ -6,6 +6,7 @@ iterations/<number>.json. Reports and `ratchet status` are computed from these f
 
 import contextlib
 import json
+import logging
 import os
 import platform
 from collections.abc import Iterator, Mapping
@@ -15,9 +16,14 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from storage.durable import put_file, remove_all_stale_attempts
-from storage.home import home
+from storage.committing import append_line, put_file, remove
+from storage.durable import remove_all_stale_attempts
+from storage.home import home, home_url
+from storage.leases import LeaseLostError, is_leased
 from storage.names import checked_name
+from storage.stores import StoreError
+
+logger = logging.getLogger(__name__)
 
 KEPT_FLOW_RUNS = 50
 
@@ -155,11 +161,16 @@ class Experiment:
     def end(self, state: State, error: str | None = None) -> None:
         """Note how the run ended."""
         ended = self.state().model_copy(update={"state": state, "finished_at": now(), "error": error})
-        _write(self.folder / "state.json", ended.model_dump())
-        for begun in self.runs():
-            if begun.run == ended.run:
-                record = begun.model_copy(update={"state": state, "finished_at": ended.finished_at})
-                _write(self._run_file(ended.run), record.model_dump())
+        try:
+            _write(self.folder / "state.json", ended.model_dump())
+            for begun in self.runs():
+                if begun.run == ended.run:
+                    record = begun.model_copy(update={"state": state, "finished_at": ended.finished_at})
+                    _write(self._run_file(ended.run), record.model_dump())
+        except (StoreError, LeaseLostError) as told:
+            if error is None:
+                raise
+            logger.warning("how the run ended is noted on this machine only: %s", told)
 
     def runs(self) -> list[RunRecord]:
         """The runs in the order they began; those of versions that did not note them are not there."""
@@ -170,7 +181,7 @@ class Experiment:
     def state(self) -> ExperimentState:
         """How the last run stands; one whose process is gone is interrupted, whatever the file says."""
         state = ExperimentState.model_validate_json((self.folder / "state.json").read_text())
-        if state.state == "running" and not _alive(state.pid):
+        if state.state == "running" and not self._is_running(state.pid):
             return state.model_copy(update={"state": "interrupted"})
         return state
 
@@ -181,8 +192,7 @@ class Experiment:
 
     def add_step(self, record: StepRecord) -> None:
         """Append one finished step; a single write, so that threads and a kill cannot tear two lines into one."""
-        with (self.folder / "steps.jsonl").open("a") as lines:
-            lines.write(record.model_dump_json() + "\n")
+        append_line(self.folder / "steps.jsonl", record.model_dump_json())
 
     def steps(self, *, run: str | None = None) -> list[StepRecord]:
         """The finished steps in order, of one run or of all; a line torn by a kill is left out."""
@@ -216,7 +226,13 @@ class Experiment:
         """Remove the records that a finished run did not write: its settings have no such iteration any more."""
         for record in self.iterations():
             if record.run != run:
-                (self.folder / "iterations" / f"{record.iteration:03}.json").unlink()
+                file = self.folder / "iterations" / f"{record.iteration:03}.json"
+                remove(file)
+                file.unlink()
+
+    def _is_running(self, pid: int) -> bool:
+        """Of a shared home the process may be anywhere, but it holds the experiment's lock."""
+        return _alive(pid) if home_url() is None else is_leased(f"experiment-{self.name}")
 
     def _run_file(self, run: str) -> Path:
         return self.folder / "runs" / f"{run}.json"

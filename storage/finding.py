@@ -9,6 +9,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from storage.datasets import REBUILD, DatasetError, DatasetRef, data_files
+from storage.fetching import fetch_new
 from storage.home import home
 from storage.rows import Rollout, Row
 from storage.schemas import arrow_schema, rows_of
@@ -47,6 +48,7 @@ def ids_beginning(ref: DatasetRef, beginning: str) -> set[str]:
 
 def ledger_rows(prompt_id: str) -> Iterator[LedgerRow]:
     """The rollouts of one prompt in all ledgers of the home."""
+    fetch_new(home() / "ledger", ".parquet")
     for part in sorted(home().glob("ledger/[!.]*/part-*.parquet")):
         for row in _rows_of_file(part, Rollout, prompt_id):
             yield LedgerRow(part.parent.name, row)

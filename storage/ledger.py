@@ -24,9 +24,12 @@ from typing import Self
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from storage.committing import new_file, push_unpushed, put_file
+from storage.committing import remove as remove_from_store
 from storage.datasets import DatasetError
 from storage.digests import canonical_json, digest_of
-from storage.durable import attempt_name, put_file, remove_stale_attempts, sync
+from storage.durable import remove_stale_attempts
+from storage.fetching import fetch_again, fetch_new
 from storage.home import home
 from storage.rows import Rollout
 from storage.schemas import arrow_schema, batch_of, rows_of
@@ -76,16 +79,10 @@ class Ledger:
         """Store rows as one new part; when this returns they are on the disk."""
         if not rows:
             return
-        attempt = self.folder / attempt_name()
         name = f"part-{time.time_ns():020d}-{os.getpid()}-{uuid.uuid4().hex[:8]}{ending}"
-        try:
+        with new_file(self.folder / name) as attempt:
             table = pa.Table.from_batches([batch_of(rows, Rollout)])
             pq.write_table(table, attempt, compression="zstd", write_page_checksum=True)  # no manifest has its digest
-            sync(attempt)
-            attempt.rename(self.folder / name)
-        finally:
-            attempt.unlink(missing_ok=True)
-        sync(self.folder)
 
     def read(self, wanted: Mapping[str, int]) -> Iterator[Rollout]:
         """The rows wanted, each once, by prompt in the order of `wanted` and then by rollout_index.
@@ -106,7 +103,16 @@ class Ledger:
             for prompt_id in prompt_ids:
                 yield from (rows[prompt_id, index] for index in _indexes(wanted[prompt_id]))
 
+    def push_unpushed(self) -> None:
+        """Have the home's object store, if it has one, hold all that is on this disk.
+
+        Raises:
+            StoreError: it cannot be reached.
+        """
+        push_unpushed(f"ledger/{self.folder.name}/")
+
     def _parts(self) -> list[Path]:
+        fetch_new(self.folder, ".parquet")
         return sorted(self.folder.glob("part-*.parquet"))
 
 
@@ -147,6 +153,8 @@ class LedgerWriter:
         self._closing.set()
         self._timer.join()
         self.flush()
+        if error is None:
+            self._ledger.push_unpushed()
 
     def add(self, row: Rollout) -> None:
         """Take a finished row; it is on the disk after the next flush."""
@@ -228,6 +236,9 @@ def _read(part: Path, columns: list[str] | None) -> pa.Table:
             raise DamagedPart(f"{name} is gone; its rows are drawn again") from error
         if isinstance(error, OSError) and error.errno is not None:  # not what is in it, but getting at it
             raise DatasetError(f"{name} cannot be read: {error}; see to that and run the same command again") from error
+        if fetch_again(part):
+            logger.warning("%s was damaged (%s); the store's copy has taken its place", name, error)
+            return _read(part, columns)
         _set_aside(part)
         told = f"{name} is damaged ({error}); it is now .damaged-{part.name}, and its rows are drawn again"
         logger.warning("%s", told)
@@ -239,6 +250,7 @@ def _read(part: Path, columns: list[str] | None) -> pa.Table:
 
 
 def _set_aside(part: Path) -> None:
+    remove_from_store(part)
     with contextlib.suppress(FileNotFoundError):  # another process was faster
         part.rename(part.with_name(f".damaged-{part.name}"))
 

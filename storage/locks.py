@@ -1,4 +1,7 @@
-"""Locks that die with their holder: the kernel frees them, whatever killed the process."""
+"""Locks that die with their holder: the kernel frees them, whatever killed the process.
+
+In a home in an object store, other machines are excluded too, by a lease (storage/leases.py says what that guarantees).
+"""
 
 import fcntl
 import json
@@ -8,12 +11,13 @@ import platform
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import IO
 
 from storage.home import home
+from storage.leases import LeaseHeldError, leased
 from storage.names import safe_name
 
 logger = logging.getLogger(__name__)
@@ -41,10 +45,21 @@ def exclusive(name: str, *, wait_seconds: float | None) -> Iterator[None]:
     with _open_locked(path, name, wait_seconds) as file:
         try:
             _write_holder(file)
-            yield
+            with _leased(name, wait_seconds):
+                yield
         finally:
             file.truncate(0)
             fcntl.flock(file, fcntl.LOCK_UN)
+
+
+@contextmanager
+def _leased(name: str, wait_seconds: float | None) -> Iterator[None]:
+    with ExitStack() as stack:
+        try:
+            stack.enter_context(leased(name, wait_seconds=wait_seconds))
+        except LeaseHeldError as error:
+            raise LockedError(_refusal(name, str(error), wait_seconds)) from error
+        yield
 
 
 def _open_locked(path: Path, name: str, wait_seconds: float | None) -> IO[str]:
@@ -76,16 +91,20 @@ def _acquire(file: IO[str], name: str, wait_seconds: float | None) -> None:
         except BlockingIOError as error:
             waited = time.monotonic() - started
             if wait_seconds is not None and waited >= wait_seconds:
-                raise LockedError(
-                    f"{name!r} is locked by {_holder(file)} and was not free within {wait_seconds:g} s; "
-                    "wait for it to end, or end it, and run the same command again"
-                ) from error
+                raise LockedError(_refusal(name, _holder(file), wait_seconds)) from error
             if not waiting:
                 logger.info("waiting for %r, locked by %s", name, _holder(file))
             waiting = True
             time.sleep(_POLL_SECONDS)
         else:
             return
+
+
+def _refusal(name: str, holder: str, wait_seconds: float | None) -> str:
+    return (
+        f"{name!r} is locked by {holder} and was not free within {wait_seconds:g} s; "
+        "wait for it to end, or end it, and run the same command again"
+    )
 
 
 def _write_holder(file: IO[str]) -> None:

@@ -10,7 +10,9 @@ from pathlib import Path
 
 from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, JsonValue, ValidationError
 
-from storage.durable import put_file, remove_stale_attempts
+from storage.committing import put_file
+from storage.durable import remove_stale_attempts
+from storage.fetching import fetch
 from storage.home import home
 from storage.names import checked_name
 
@@ -36,7 +38,7 @@ class StepResult(BaseModel):
 def find_result(step: str, key: str) -> StepResult | None:
     """The record of a finished step, or None; one that cannot be read counts as absent, and a warning says why."""
     path = _path(step, key)
-    found = _read(path)
+    found = _read(path) or (_read(path) if fetch(path) else None)
     if found is not None and (found.step, found.key) != (step, key):
         logger.warning("%s is the record of %s/%s; it is ignored and the step runs again", path, found.step, found.key)
         return None

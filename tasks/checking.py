@@ -24,8 +24,9 @@ from models.specs import (
     TinyTraining,
 )
 from storage.arithmetic import check_enough
-from storage.home import home
+from storage.home import home, home_name
 from storage.hub import NotAtHand, Source, count_rows
+from storage.opening import what_is_wrong_with_store
 from tasks.benchmarking import benchmark_faults
 from tasks.benchmarks import Benchmarks
 from tasks.blending import Mixture, faults_of
@@ -142,9 +143,11 @@ def parts(config: Any, kind: type[T], name: str = "") -> Iterator[tuple[str, T]]
 
 
 def _home_faults() -> Iterator[str]:
+    if wrong := what_is_wrong_with_store():
+        yield wrong
     nearest = next(parent for parent in (home(), *home().parents) if parent.exists())
     if not nearest.is_dir() or not os.access(nearest, os.W_OK | os.X_OK):  # looked at only: a plan writes nothing
-        yield f"the home {home()} cannot be written; name another with --home or RATCHET_HOME, or make it writable"
+        yield f"the home {home_name()} cannot be written; name another with --home or RATCHET_HOME, or make it writable"
 
 
 def _endpoint_faults(config: Checkable, engine: OpenAI) -> Iterator[str]:

@@ -16,7 +16,7 @@ from models.specs import ModelRef
 from storage.checkpoints import read_checkpoint_manifest, what_is_wrong_with_checkpoint
 from storage.datasets import DatasetError, DatasetRef, what_is_wrong
 from storage.experiments import Experiment, StepRecord, experiments
-from storage.home import home
+from storage.home import home, home_name
 from storage.results import StepResult, find_result
 
 SAMPLING, GATHERING = "sample_rollouts", ("gather_rollouts", "gather_allotted")  # draws into a ledger; has the key
@@ -137,7 +137,7 @@ def _experiment_of(step: str, name: str | None) -> Experiment:
     known = [one for one in experiments() if name is None or one.name == name]
     if not known:
         there = ", ".join(one.name for one in experiments()) or "none yet"
-        raise ValueError(f"there is no experiment {name or ''!r} in {home()}; there are: {there}")
+        raise ValueError(f"there is no experiment {name or ''!r} in {home_name()}; there are: {there}")
     recorded = KEYED_AS.get(step, (step,))
     ran = {one.name: max((r.at for r in one.steps() if r.step in recorded), default="") for one in known}
     chosen = max(known, key=lambda one: ran[one.name])

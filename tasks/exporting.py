@@ -9,8 +9,9 @@ from typing import Any, NamedTuple
 
 from models.specs import ModelRef
 from storage.checkpoints import checkpoint_path, read_checkpoint_manifest
-from storage.datasets import MANIFEST, DatasetRef, read_manifest, read_rows
+from storage.datasets import DatasetRef, read_manifest, read_rows
 from storage.experiments import Experiment, IterationRecord, experiments
+from storage.fetching import MANIFEST
 from storage.publishing import as_yaml, open_folder_to_write, write_card, write_lines, write_shards, write_structured
 from storage.rows import ChatPair, Conversation
 from storage.schemas import row_types

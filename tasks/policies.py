@@ -5,7 +5,7 @@ from pathlib import Path
 
 from models.specs import ModelRef
 from storage.experiments import experiments
-from storage.home import home
+from storage.home import home, home_name
 from tasks.loading import open_folder
 
 
@@ -28,7 +28,7 @@ def policy_named(reference: str) -> ModelRef:
     if found or reference.count("/") != 1:
         names = ", ".join(policy.identity for policy in found[:5])
         raise ValueError(
-            f"{reference!r} names {len(found)} policies in {home()}{': ' + names if names else ''}; give "
+            f"{reference!r} names {len(found)} policies in {home_name()}{': ' + names if names else ''}; give "
             "an experiment, experiment:<iteration>, a digest from `ratchet status --json`, a folder or a hub name"
         )
     name, _, revision = reference.partition("@")

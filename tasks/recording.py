@@ -17,6 +17,7 @@ from prefect.context import FlowRunContext
 
 from storage.experiments import Experiment, StepRecord, now
 from storage.locks import exclusive
+from storage.opening import open_home
 from tasks.observing import ProgressArtifacts, name_flow_run, pause_deployment
 from tasks.planning import current_plan
 from tasks.serving import stop
@@ -105,6 +106,7 @@ def experiment_run(name: str, config: Mapping[str, Any], *, advance: bool = Fals
         yield experiment
         return
     with exclusive(f"experiment-{name}", wait_seconds=0):
+        open_home()
         run = Run(experiment, advance=advance, marker=str(config.get("marker") or ""))
         flow = FlowRunContext.get()
         flow_run_id = str(flow.flow_run.id) if flow is not None and flow.flow_run is not None else None

@@ -13,7 +13,7 @@ from typing import Any
 
 import yaml
 
-from storage.durable import put_file
+from storage.committing import put_file
 from storage.experiments import Experiment, IterationRecord
 from storage.report_rows import TABLES, ReportedOrigin, parquet_of, plain
 from tasks import charts

@@ -7,7 +7,7 @@ from typing import Any
 
 from storage.checkpoints import read_checkpoint_manifest, what_is_wrong_with_checkpoint
 from storage.datasets import DatasetRef, Manifest, read_manifest, read_rows, what_is_wrong
-from storage.home import home
+from storage.home import home, home_name
 from storage.schemas import row_types
 
 
@@ -54,7 +54,7 @@ def _find(reference: str) -> Path:
         return found[0]
     names = ", ".join(str(folder.relative_to(home())) for folder in found[:5])
     raise ValueError(
-        f"{reference!r} names {len(found)} data sets and models in {home()}{': ' + names if names else ''}; "
+        f"{reference!r} names {len(found)} data sets and models in {home_name()}{': ' + names if names else ''}; "
         "give one as datasets/<step>/<digest> or models/<digest>, as `ratchet status --json` lists them"
     )
 

@@ -7,8 +7,8 @@ from math import exp, fsum
 from pathlib import Path
 from typing import NamedTuple
 
+from storage.committing import put_file
 from storage.datasets import DatasetRef, read_rows
-from storage.durable import put_file
 from storage.home import home
 from storage.rows import TokenComparison
 

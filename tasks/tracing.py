@@ -10,7 +10,7 @@ from storage.checkpoints import read_checkpoint_manifest
 from storage.datasets import DatasetError, DatasetRef
 from storage.experiments import Experiment, experiments
 from storage.finding import ids_beginning, ledger_rows
-from storage.home import home
+from storage.home import home_name
 from storage.rows import Demonstration, EvaluatedPrompt, JudgedRollout, Pair, Prompt, Rollout, ScoredRollout
 from tasks.lineage import Held, Sources, Split
 from tasks.traces import (
@@ -47,7 +47,7 @@ def trace(row: str, experiment: str | None = None) -> Trace:
     names = [one.name for one in experiments()]
     chosen = [name for name in names if experiment in (None, name)]
     if not chosen:
-        raise ValueError(f"there is no experiment {experiment or ''!r} in {home()}; there are: {', '.join(names)}")
+        raise ValueError(f"there is no experiment {experiment or ''!r} in {home_name()}; there are: {', '.join(names)}")
     sources = [Sources(Experiment(name)) for name in chosen]
     prompt_id = _whole_id(beginning, sources)
     number = int(index) if slash else None
@@ -75,7 +75,7 @@ def _whole_id(beginning: str, sources: Iterable[Sources]) -> str:
     there = (
         f": {', '.join(sorted(found)[:5])}; give more of it" if found else "; `ratchet show` lists a data set's rows"
     )
-    raise ValueError(f"{len(found)} prompts in {home()} have a prompt_id that begins with {beginning!r}{there}")
+    raise ValueError(f"{len(found)} prompts in {home_name()} have a prompt_id that begins with {beginning!r}{there}")
 
 
 def _trace_in(sources: Sources, prompt_id: str, index: int | None) -> ExperimentTrace:

@@ -2,9 +2,11 @@
 
 import atexit
 import json
+import logging
 import os
 import shutil
 import tempfile
+import uuid
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -27,6 +29,39 @@ def ratchet_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     folder = tmp_path / "ratchet-home"
     monkeypatch.setenv("RATCHET_HOME", str(folder))
     return folder
+
+
+@pytest.fixture(scope="session")
+def s3_server() -> Iterator[str]:
+    """The address of an S3 server of our own; it holds what tests of this session put there, in memory."""
+    from moto.server import ThreadedMotoServer
+
+    logging.getLogger("werkzeug").setLevel(logging.ERROR)
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    yield f"http://{host}:{port}"
+    server.stop()
+
+
+@pytest.fixture
+def s3_home(s3_server: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """An empty home in a bucket of its own; its URL. The working copy is in this test's folder."""
+    from fsspec import filesystem
+
+    for name, value in {
+        "AWS_ENDPOINT_URL": s3_server,
+        "AWS_DEFAULT_REGION": "us-east-1",
+        "AWS_ACCESS_KEY_ID": "a-key",
+        "AWS_SECRET_ACCESS_KEY": "a-secret",
+        "NO_PROXY": "127.0.0.1",
+        "RATCHET_CACHE": str(tmp_path / "one"),
+    }.items():
+        monkeypatch.setenv(name, value)
+    bucket = f"bucket-{uuid.uuid4().hex}"
+    filesystem("s3").mkdir(bucket)
+    monkeypatch.setenv("RATCHET_HOME", f"s3://{bucket}/home")
+    return f"s3://{bucket}/home"
 
 
 @pytest.fixture

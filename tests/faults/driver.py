@@ -24,6 +24,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from storage.home import home
+
 TORN = ("write", "parquet")  # operations that can be half done
 
 
@@ -43,7 +45,7 @@ class Operations:
         told = os.environ.get("FAULT_KILL")
         self.kill = Kill(**json.loads(told)) if told else None
         self.log = os.environ.get("FAULT_OPERATIONS")
-        self.home = os.path.abspath(os.environ["RATCHET_HOME"])  # noqa: PTH100  # pathlib is being watched
+        self.home = str(home())
         self.seen = 0
         self.lock = threading.RLock()
         self.inside = threading.local()
@@ -102,6 +104,7 @@ def install() -> None:
         setattr(os, name, watched_call(operations, name, getattr(os, name), last))
     watch_writes(operations)
     watch_parquet(operations)
+    watch_store(operations)
     watch_training(operations)
     watch_engine()
     from storage.ledger import LedgerWriter
@@ -155,6 +158,31 @@ def watch_parquet(operations: Operations) -> None:
         return operations.watch("parquet", Path(where).absolute(), lambda: close(self), lambda: None)
 
     pq.write_table, pq.ParquetWriter.close = watched_write, watched_close
+
+
+def watch_store(operations: Operations) -> None:
+    from storage.stores import Store
+
+    create, write, upload, remove = Store.create, Store.write, Store.upload, Store.remove
+
+    def place(name: str) -> str:
+        return f"{operations.home}/{name}"
+
+    def watched_create(self: Any, name: str, content: bytes) -> Any:
+        return operations.watch("store.create", place(name), lambda: create(self, name, content))
+
+    def watched_write(self: Any, name: str, content: bytes) -> Any:
+        return operations.watch("store.write", place(name), lambda: write(self, name, content))
+
+    def watched_upload(self: Any, file: Path, name: str) -> Any:
+        return operations.watch("store.upload", place(name), lambda: upload(self, file, name))
+
+    def watched_remove(self: Any, names: Any) -> None:
+        for name in names:
+            operations.watch("store.remove", place(name), lambda name=name: remove(self, [name]))
+
+    Store.create, Store.write = watched_create, watched_write  # type: ignore[method-assign]
+    Store.upload, Store.remove = watched_upload, watched_remove  # type: ignore[method-assign]
 
 
 def watch_training(operations: Operations) -> None:

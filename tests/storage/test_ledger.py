@@ -12,6 +12,7 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 
+from storage import durable
 from storage import ledger as ledger_module
 from storage.datasets import DatasetError
 from storage.durable import attempt_name
@@ -156,7 +157,7 @@ def test_rows_that_could_not_be_stored_are_kept_for_the_next_flush(monkeypatch: 
     ledger = Ledger(KEY)
     with LedgerWriter(ledger, flush_rows=1, flush_seconds=60) as writer:
         with monkeypatch.context() as broken:
-            broken.setattr(ledger_module, "sync", lambda path: (_ for _ in ()).throw(OSError("disk full")))
+            broken.setattr(durable, "sync", lambda path: (_ for _ in ()).throw(OSError("disk full")))
             with pytest.raises(OSError, match="disk full"):
                 writer.add(rollout("a", 0))
         assert [path.name for path in ledger.folder.iterdir()] == ["key.json"]
