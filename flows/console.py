@@ -13,11 +13,11 @@ WIDTH = None if sys.stdout.isatty() else 140  # a log file is read in a wide win
 out = Console(highlight=False, emoji=False, width=WIDTH)
 err = Console(stderr=True, highlight=False, emoji=False, width=WIDTH, soft_wrap=True)
 
-PresetArgument = Annotated[Path, typer.Argument(help="a preset, for instance deployments/presets/rest_em/tiny.yaml")]
-SetOption = Annotated[list[str] | None, typer.Option("--set", help="a.b=c, over the preset; may be given again")]
 HomeOption = Annotated[
     str | None, typer.Option("--home", help="folder or URL where everything is kept; else RATCHET_HOME")
 ]
+PresetArgument = Annotated[Path, typer.Argument(help="a preset, for instance deployments/presets/rest_em/tiny.yaml")]
+SetOption = Annotated[list[str] | None, typer.Option("--set", help="a.b=c, over the preset; may be given again")]
 JsonOption = Annotated[bool, typer.Option("--json", help="for programs")]
 
 

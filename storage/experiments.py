@@ -162,11 +162,7 @@ class Experiment:
         """Note how the run ended."""
         ended = self.state().model_copy(update={"state": state, "finished_at": now(), "error": error})
         try:
-            _write(self.folder / "state.json", ended.model_dump())
-            for begun in self.runs():
-                if begun.run == ended.run:
-                    record = begun.model_copy(update={"state": state, "finished_at": ended.finished_at})
-                    _write(self._run_file(ended.run), record.model_dump())
+            self._note_end(ended)
         except (StoreError, LeaseLostError) as told:
             if error is None:
                 raise
@@ -244,6 +240,13 @@ class Experiment:
         for line in file.read_text(errors="replace").splitlines():
             with contextlib.suppress(ValidationError):
                 yield StepRecord.model_validate_json(line)
+
+    def _note_end(self, ended: ExperimentState) -> None:
+        _write(self.folder / "state.json", ended.model_dump())
+        for begun in self.runs():
+            if begun.run == ended.run:
+                record = begun.model_copy(update={"state": ended.state, "finished_at": ended.finished_at})
+                _write(self._run_file(ended.run), record.model_dump())
 
     def _end_torn_line(self) -> None:
         """Have what is appended next stand on a line of its own, even if a kill tore the last one."""

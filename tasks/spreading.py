@@ -24,7 +24,7 @@ from prefect.context import FlowRunContext
 from prefect.states import Completed
 
 from storage.datasets import DatasetError, DatasetRef, what_is_wrong
-from storage.home import home
+from storage.home import home_name
 from tasks.caching import Step, current_step, log_counts, task_run_name
 from tasks.drawing import Meter, ShardsFailed, tell_failed
 from tasks.recording import record_step
@@ -136,7 +136,7 @@ def _is_loopback(address: str) -> bool:
 
 
 def _start(runner: Any, step: Step[Any, Any], call: tuple[Any, ...], number: int, *, shown: bool) -> Any:
-    sent = {"step": step, "call": call, "run_home": f"{home()} on {platform.node()}"}
+    sent = {"step": step, "call": call, "run_home": f"{home_name()} on {platform.node()}"}
     if not shown:
         return runner.client.submit(_on_worker, **sent, pure=False)
     task: Task[Any, Any] = Task(
@@ -185,8 +185,8 @@ def _record(step: Step[Any, R], call: tuple[Any, ...], number: int, *, cached: b
     lookup = step.lookup(*call)
     if lookup.found is None:
         raise ClusterError(
-            f"a Dask worker has done it, but the home {home()} does not have it ({lookup.missing}); start workers with "
-            "RATCHET_HOME naming this home and with the same version of ratchet"
+            f"a Dask worker has done it, but the home {home_name()} does not have it ({lookup.missing}); start workers "
+            "with RATCHET_HOME naming this home and with the same version of ratchet"
         )
     found, value = lookup.found, step.returned(lookup.found)
     log_counts(found.counts)
@@ -211,7 +211,7 @@ def _on_worker(step: Step[Any, Any], call: tuple[Any, ...], run_home: str) -> bo
     for reference in call:
         if isinstance(reference, DatasetRef) and (wrong := what_is_wrong(reference)):
             raise DatasetError(
-                f"{wrong}, as the Dask worker {os.getpid()} on {platform.node()} sees its home {home()}; the run's is "
-                f"{run_home}. Start workers with RATCHET_HOME naming the folder that is the same home"
+                f"{wrong}, as the Dask worker {os.getpid()} on {platform.node()} sees its home {home_name()}; "
+                f"the run's is {run_home}. Start workers with RATCHET_HOME naming the folder that is the same home"
             )
     return step.reuse_or_run(*call).cached
