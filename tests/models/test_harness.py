@@ -13,7 +13,7 @@ from models.ifeval_libraries import prepare_ifeval
 from models.specs import VLLM, ModelRef, PromptTemplate
 from models.vllm_engine import VLLMEngine
 from storage.benchmark_files import local_splits
-from tasks.benchmarking import _read, _tasks_of
+from tasks.benchmarking import _parts, _read, _task_of
 from tasks.benchmarks import KNOWN, Benchmark
 from tests.benchmark_documents import write_documents
 from tests.models.tiny_fixture import save_tiny_model
@@ -56,11 +56,10 @@ def documents(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def task_of(name: str, shots: int) -> harness.TaskToRun:
-    if name.startswith("mmlu"):
-        whole = Benchmark(task="mmlu", shots=shots, limit=6)
-        return next(task for task in _tasks_of(whole) if task.name == name)
-    (task,) = _tasks_of(Benchmark(task=name, shots=shots, limit=6, max_completion_tokens=GENERATED))  # type: ignore[arg-type]
-    return task
+    of_group = name.startswith("mmlu")
+    settings = {"task": "mmlu"} if of_group else {"task": name, "max_completion_tokens": GENERATED}
+    benchmark = Benchmark.model_validate({**settings, "shots": shots, "limit": 6})
+    return next(_task_of(benchmark, part) for part in _parts(benchmark) if part.task == name)
 
 
 def evaluated_by_lm_eval(task: harness.TaskToRun, reference: Any, *, chat: bool) -> dict[str, Any]:
