@@ -127,17 +127,16 @@ def watched_call(operations: Operations, name: str, real: Callable[..., Any], la
 
 
 def watch_writes(operations: Operations) -> None:
-    write_text = Path.write_text
+    write_bytes = Path.write_bytes
 
-    def watched(self: Path, data: str, *arguments: Any, **options: Any) -> int:
+    def watched(self: Path, data: bytes) -> int:
         def tear() -> None:
-            write_text(self, data[: len(data) // 2], *arguments, **options)
+            write_bytes(self, data[: len(data) // 2])
 
-        place = self.absolute()
-        done: int = operations.watch("write", place, lambda: write_text(self, data, *arguments, **options), tear)
+        done: int = operations.watch("write", self.absolute(), lambda: write_bytes(self, data), tear)
         return done
 
-    Path.write_text = watched  # type: ignore[method-assign]
+    Path.write_bytes = watched  # type: ignore[method-assign,assignment]
 
 
 def watch_parquet(operations: Operations) -> None:
@@ -146,6 +145,9 @@ def watch_parquet(operations: Operations) -> None:
     write_table, close = pq.write_table, pq.ParquetWriter.close
 
     def watched_write(table: Any, where: Any, *arguments: Any, **options: Any) -> Any:
+        if not isinstance(where, str | os.PathLike):  # into memory: nothing lasts
+            return write_table(table, where, *arguments, **options)
+
         def tear() -> None:
             write_table(table, where, *arguments, **options)
             os.truncate(where, os.path.getsize(where) // 2)  # noqa: PTH202
@@ -155,6 +157,8 @@ def watch_parquet(operations: Operations) -> None:
 
     def watched_close(self: Any) -> Any:
         where = self.where
+        if not isinstance(where, str | os.PathLike):
+            return close(self)
         return operations.watch("parquet", Path(where).absolute(), lambda: close(self), lambda: None)
 
     pq.write_table, pq.ParquetWriter.close = watched_write, watched_close
