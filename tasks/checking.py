@@ -1,5 +1,6 @@
 """What can be found wrong with an experiment before a model is loaded and anything is written."""
 
+import errno
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -147,7 +148,11 @@ def _home_faults() -> Iterator[str]:
         yield wrong
     nearest = next(parent for parent in (home(), *home().parents) if parent.exists())
     if not nearest.is_dir() or not os.access(nearest, os.W_OK | os.X_OK):  # looked at only: a plan writes nothing
-        yield f"the home {home_name()} cannot be written; name another with --home or RATCHET_HOME, or make it writable"
+        why = errno.EROFS if os.statvfs(nearest).f_flag & os.ST_RDONLY else errno.EACCES
+        yield (
+            f"the home {home_name()} cannot be written ({os.strerror(why)}); "
+            "name another with --home or RATCHET_HOME, or make it writable"
+        )
 
 
 def _endpoint_faults(config: Checkable, engine: OpenAI) -> Iterator[str]:
