@@ -146,6 +146,9 @@ def watch_parquet(operations: Operations) -> None:
     write_table, close = pq.write_table, pq.ParquetWriter.close
 
     def watched_write(table: Any, where: Any, *arguments: Any, **options: Any) -> Any:
+        if not isinstance(where, str | os.PathLike):  # into memory: nothing lasts
+            return write_table(table, where, *arguments, **options)
+
         def tear() -> None:
             write_table(table, where, *arguments, **options)
             os.truncate(where, os.path.getsize(where) // 2)  # noqa: PTH202
@@ -155,6 +158,8 @@ def watch_parquet(operations: Operations) -> None:
 
     def watched_close(self: Any) -> Any:
         where = self.where
+        if not isinstance(where, str | os.PathLike):
+            return close(self)
         return operations.watch("parquet", Path(where).absolute(), lambda: close(self), lambda: None)
 
     pq.write_table, pq.ParquetWriter.close = watched_write, watched_close
