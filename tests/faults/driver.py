@@ -127,17 +127,19 @@ def watched_call(operations: Operations, name: str, real: Callable[..., Any], la
 
 
 def watch_writes(operations: Operations) -> None:
-    write_text = Path.write_text
+    def watched(write: Callable[..., int]) -> Callable[..., int]:
+        def call(self: Path, data: Any, *arguments: Any, **options: Any) -> int:
+            def tear() -> None:
+                write(self, data[: len(data) // 2], *arguments, **options)
 
-    def watched(self: Path, data: str, *arguments: Any, **options: Any) -> int:
-        def tear() -> None:
-            write_text(self, data[: len(data) // 2], *arguments, **options)
+            done: int = operations.watch(
+                "write", self.absolute(), lambda: write(self, data, *arguments, **options), tear
+            )
+            return done
 
-        place = self.absolute()
-        done: int = operations.watch("write", place, lambda: write_text(self, data, *arguments, **options), tear)
-        return done
+        return call
 
-    Path.write_text = watched  # type: ignore[method-assign]
+    Path.write_text, Path.write_bytes = watched(Path.write_text), watched(Path.write_bytes)  # type: ignore[method-assign]
 
 
 def watch_parquet(operations: Operations) -> None:

@@ -16,7 +16,7 @@ import pytest
 from tests.faults.driver import TORN, Kill
 from tests.faults.harness import KILLED, SMALL, Driver, Place, check_recovery, in_ledger, processes, run_alone
 
-OPERATIONS = 1000  # an unbroken run has about 1,080; the unbroken run of the session says whether that is still so
+OPERATIONS = 1200  # an unbroken run has about 1,300; the unbroken run of the session says whether that is still so
 CHOSEN = {
     "before a ledger part's rename": Kill("before", "rename", "ledger/*/part-*", 3),
     "after a ledger part's rename": Kill("after", "rename", "ledger/*/part-*", 3),
