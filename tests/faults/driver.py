@@ -127,16 +127,19 @@ def watched_call(operations: Operations, name: str, real: Callable[..., Any], la
 
 
 def watch_writes(operations: Operations) -> None:
-    write_bytes = Path.write_bytes
+    def watched(write: Callable[..., int]) -> Callable[..., int]:
+        def call(self: Path, data: Any, *arguments: Any, **options: Any) -> int:
+            def tear() -> None:
+                write(self, data[: len(data) // 2], *arguments, **options)
 
-    def watched(self: Path, data: bytes) -> int:
-        def tear() -> None:
-            write_bytes(self, data[: len(data) // 2])
+            done: int = operations.watch(
+                "write", self.absolute(), lambda: write(self, data, *arguments, **options), tear
+            )
+            return done
 
-        done: int = operations.watch("write", self.absolute(), lambda: write_bytes(self, data), tear)
-        return done
+        return call
 
-    Path.write_bytes = watched  # type: ignore[method-assign,assignment]
+    Path.write_text, Path.write_bytes = watched(Path.write_text), watched(Path.write_bytes)  # type: ignore[method-assign]
 
 
 def watch_parquet(operations: Operations) -> None:

@@ -33,10 +33,10 @@ pytestmark = [pytest.mark.flow, pytest.mark.timeout(180)]
 
 CHOSEN = {
     "between data files and manifest": Kill("before", "store.upload", "datasets/scored/*/manifest.json", 2),
-    "between a step record's upload and its note": Kill("after", "store.create", "steps/train_sft/*"),
-    "while a step's lease is taken": Kill("after", "store.create", "locks/step-*", 9),
 }
 MORE = {
+    "between a step record's upload and its note": Kill("after", "store.create", "steps/train_sft/*"),
+    "while a step's lease is taken": Kill("after", "store.create", "locks/step-*", 9),
     "between a ledger part's rename and its upload": Kill("before", "store.upload", "ledger/*/part-*", 3),
     "between a data set and its step record": Kill("before", "store.create", "steps/score_answers/*", 3),
     "between a checkpoint's files and its manifest": Kill("before", "store.upload", "models/*/manifest.json"),
@@ -110,6 +110,7 @@ def test_a_machine_that_dies_is_made_up_for_by_another(
     assert list(far.working_copy.glob("unpushed/*")) == []
 
 
+@pytest.mark.slow
 def test_a_machine_that_comes_back_loses_nothing_that_its_disk_has(
     driver: Driver, far: FarPlace, unbroken: dict[str, Any]
 ) -> None:
@@ -136,6 +137,7 @@ def test_a_lost_working_copy_costs_nothing_but_fetching(
     assert {name for name in written if not name.startswith(".probe-")} == {"experiments", "locks"}
 
 
+@pytest.mark.slow
 def test_a_second_machine_is_refused_by_name_while_the_first_runs(
     driver: Driver, far: FarPlace, unbroken: dict[str, Any]
 ) -> None:
