@@ -26,7 +26,19 @@ def form_of(flow: "Flow[..., Any]", config_class: type[BaseModel]) -> dict[str, 
         for name, comment in comments_of(settings).items():
             if name in definition.get("properties", {}):
                 definition["properties"][name].setdefault("description", comment)
-    return schema
+    formed: dict[str, Any] = _any_of(schema)
+    return formed
+
+
+def _any_of(part: Any) -> Any:
+    """The schema with `anyOf` for `oneOf`.
+
+    Prefect checks a deployment's parameters without what is required, and kinds that differ in that alone are all valid.
+    """
+    if isinstance(part, dict):
+        kept = {name: value for name, value in part.items() if name != "discriminator"}
+        return {"anyOf" if name == "oneOf" else name: _any_of(value) for name, value in kept.items()}
+    return [_any_of(one) for one in part] if isinstance(part, list) else part
 
 
 def settings_under(config_class: type[BaseModel]) -> Iterator[type[BaseModel]]:

@@ -11,6 +11,7 @@ import pytest
 import yaml
 from prefect.client.orchestration import get_client
 from prefect.flow_engine import run_flow
+from prefect.utilities.schema_tools import validate
 from prefect.utilities.templating import apply_values
 from typer.testing import CliRunner
 
@@ -44,6 +45,13 @@ def test_a_deployment_carries_its_preset_as_parameters_that_the_form_accepts_and
     assert (
         one.form["definitions"]["RestEM"]["properties"]["marker"]["description"] == "the final answer stands after it"
     )
+
+
+@pytest.mark.parametrize("preset", known_presets(), ids=lambda preset: "/".join(preset.parts[-2:]))
+@pytest.mark.parametrize("ignore_required", [True, False], ids=["when it is deployed", "when it is run"])
+def test_prefect_takes_every_presets_parameters(preset: Path, ignore_required: bool) -> None:
+    one = deployment_of(preset)
+    assert validate(one.parameters, one.form, raise_on_error=True, ignore_required=ignore_required) == []
 
 
 def test_what_a_comment_says_of_a_setting_is_its_description() -> None:
