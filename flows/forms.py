@@ -33,7 +33,7 @@ def form_of(flow: "Flow[..., Any]", config_class: type[BaseModel]) -> dict[str, 
 def _any_of(part: Any) -> Any:
     """The schema with `anyOf` for `oneOf`.
 
-    Prefect checks a deployment's parameters without what is required, and kinds that differ in that alone are all valid.
+    Prefect checks a deployment's parameters without what is required: kinds that differ in that alone are all valid.
     """
     if isinstance(part, dict):
         kept = {name: value for name, value in part.items() if name != "discriminator"}
