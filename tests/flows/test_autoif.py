@@ -403,9 +403,10 @@ def test_a_plan_names_every_stage_shows_what_is_asked_and_writes_nothing(
     assert stages <= {step["step"] for step in plan["steps"]}
     assert not ratchet_home.exists()
     query = "Why " if "hub: Anthropic" in preset.read_text() else "What is"
-    assert query in plan["first_prompts"]["policy"] and "(an instruction)" in plan["first_prompts"]["policy"]
-    assert {"supervisor, for a verifier", "supervisor, for cases"} <= set(plan["first_prompts"])
-    assert "Human:" not in "".join(plan["first_prompts"].values())
+    prompts = {stage: told["text"] for stage, told in plan["first_prompts"].items()}
+    assert query in prompts["policy"] and "(an instruction)" in prompts["policy"]
+    assert {"supervisor, for a verifier", "supervisor, for cases"} <= set(prompts)
+    assert "Human:" not in "".join(prompts.values())
 
 
 @pytest.mark.flow
