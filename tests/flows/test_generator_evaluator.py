@@ -231,5 +231,5 @@ def test_a_plan_names_every_step_and_shows_what_the_judge_is_asked(ratchet_home:
     assert {"check_labels", "judge_shard", "mix_tasks", "check_judge", "pair_by_confidence"} <= {
         step["step"] for step in plan["steps"]
     }
-    assert "Verdict:" in plan["first_prompts"]["judge"]
+    assert "Verdict:" in plan["first_prompts"]["judge"]["text"]
     assert not ratchet_home.exists()
