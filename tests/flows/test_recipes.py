@@ -45,7 +45,7 @@ def test_a_recipe_of_another_package_is_planned_run_and_found_done(site: Path, m
     install(site, "iterative-rpo-recipe", "iterative_rpo = iterative_rpo:iterative_rpo")
     preset = str(EXAMPLE / "smoke.yaml")
     planned = CliRunner().invoke(app, ["plan", preset])
-    assert planned.exit_code == 0 and "0 of 37 steps are cached" in planned.stdout, planned.output
+    assert planned.exit_code == 0 and "0 of 39 steps are cached" in planned.stdout, planned.output
     done = CliRunner().invoke(app, ["run", preset, "--no-prefect-server"])
     assert done.exit_code == 0, done.output
     assert [record.label for record in Experiment("iterative-rpo-smoke").iterations()] == [
@@ -54,7 +54,7 @@ def test_a_recipe_of_another_package_is_planned_run_and_found_done(site: Path, m
         "iteration 2",
     ]
     again = CliRunner().invoke(app, ["plan", preset])
-    assert "37 of 37 steps are cached" in again.stdout
+    assert "39 of 39 steps are cached" in again.stdout
     assert load_flow_from_entrypoint(Recipe(Path(preset)).entrypoint).name == "iterative-rpo"  # what a worker does
 
 
