@@ -19,6 +19,8 @@ MARKER = "FINAL ANSWER:"
 LARGEST_NUMBER = 10  # in a word problem's text
 LARGEST_VALUE = 60  # of any step of a word problem
 TEST_SHARE = 5  # one problem in five is a test problem
+MOST_STEPS = 3  # of a word problem
+PLENTY = 60_000  # so many distinct word problems of up to three steps each split has, and more (tested)
 GIVE_UP_AFTER = 5_000  # draws in a row that bring nothing new
 REMEMBERED = 60_000  # stories of one kind: the splits of an experiment draw the same ones again and again
 
@@ -40,7 +42,7 @@ class Arithmetic(BaseModel):
     problems: int = Field(ge=1)
     seed: int = Field(default=0, ge=0)
     split: Literal["train", "test"] = "train"
-    max_steps: int = Field(default=3, ge=1, le=3)  # word problems with more steps are left out
+    max_steps: int = Field(default=MOST_STEPS, ge=1, le=MOST_STEPS)  # word problems with more steps are left out
     # mixed: a base corpus, with mistakes and without the marker at times; wrong: a mistake or a slip in each, marked
     quality: Literal["right", "mixed", "wrong"] = "right"
     wrong_share: float = Field(default=0.0, ge=0, le=1)  # chance that a completion is of quality "wrong" instead
@@ -108,6 +110,8 @@ def check_enough(settings: Arithmetic) -> None:
     Raises:
         ValueError: there are not.
     """
+    if settings.kind == "word_problems" and settings.max_steps == MOST_STEPS and settings.problems <= PLENTY:
+        return
     found = sum(1 for _ in islice(_stories(settings), settings.problems))
     if found < settings.problems:
         raise ValueError(_too_few(settings, found))

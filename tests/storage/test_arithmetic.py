@@ -1,10 +1,11 @@
 import random
 import re
 from collections import Counter
+from typing import Literal
 
 import pytest
 
-from storage.arithmetic import MARKER, Arithmetic, Earlier, Step, make_problems, split_of, write_completion
+from storage.arithmetic import MARKER, PLENTY, Arithmetic, Earlier, Step, make_problems, split_of, write_completion
 
 # 12 + 7 = 19, then 19 * 2 = 38
 TWO_STEPS = (Step(12, "+", 7), Step(Earlier(0), "*", 2))
@@ -40,6 +41,13 @@ def test_values_stay_between_0_and_60_and_numbers_in_the_text_up_to_10() -> None
     for problem in make_problems(Arithmetic(problems=500)):
         assert all(0 <= int(number) <= 60 for number in re.findall(r"-?\d+", problem.completion))
         assert all(int(number) <= 10 for number in re.findall(r"\d+", problem.prompt))
+
+
+@pytest.mark.flow  # seconds
+@pytest.mark.parametrize("split", ["train", "test"])
+def test_each_split_has_as_many_word_problems_as_need_no_counting(split: Literal["train", "test"]) -> None:
+    made = make_problems(Arithmetic(problems=PLENTY, split=split, seed=5))
+    assert len({problem.prompt for problem in made}) == PLENTY
 
 
 @pytest.mark.parametrize("kind", ["word_problems", "sums"])
