@@ -94,23 +94,29 @@ def make_plan(recipe: Recipe) -> Plan:
 
 
 def plan_table(made: Plan) -> Table:
-    """Each step that a run would take, by iteration: cached, or to be done and why."""
-    cached = sum(step.cached for step in made.steps)
-    table = Table(title=f"{cached} of {len(made.steps)} steps are cached", title_justify="left")
+    """Each step that a run would take, by iteration: cached, or to be done and why.
+
+    Steps in a row that differ in their figures alone, as a benchmark's tasks do, take one line.
+    """
+    cached_in_all = sum(step.cached for step in made.steps)
+    table = Table(title=f"{cached_in_all} of {len(made.steps)} steps are cached", title_justify="left")
     for heading in ("iteration", "step", "state", "rows at most", "about", "reads"):
         table.add_column(heading, justify="right" if heading in ("rows at most", "about") else "left")
     both = zip(made.steps, made.estimate.steps, strict=True)
     for iteration, steps in groupby(both, key=lambda pair: pair[0].iteration):
         table.add_section()
-        for step, one in steps:
+        for (split, name, cached, why, reads), alike in groupby(steps, key=lambda pair: _line_of(pair[0])):
+            group = list(alike)
+            rows = [step.rows for step, _ in group if step.rows]
+            seconds = [one.seconds for _, one in group if one.seconds is not None]
             table.add_row(
                 "" if iteration is None else str(iteration),
-                " ".join(filter(None, [step.split, step.step])),
-                "cached" if step.cached else f"runs: {step.why}",
-                f"{step.rows:,}" if step.rows else "",
-                "" if step.cached else _told("seconds", one.seconds),
-                step.reads,
-                style="dim" if step.cached else None,
+                " ".join(filter(None, [split, name, f"x {len(group)}" if len(group) > 1 else ""])),
+                "cached" if cached else f"runs: {why}",
+                f"{sum(rows):,}" if rows else "",
+                "" if cached else _told("seconds", sum(seconds) if len(seconds) == len(group) else None),
+                reads,
+                style="dim" if cached else None,
             )
     return table
 
@@ -143,6 +149,10 @@ def _faults(config: Any) -> list[str]:
     from tasks.rehearsing import rehearsal_faults
 
     return faults(config) or rehearsal_faults(config)  # prompts are looked at once all else is sound
+
+
+def _line_of(step: "PlannedStep") -> tuple[str | None, str, bool, str, str]:
+    return step.split, step.step, step.cached, step.why, step.reads
 
 
 def _told(figure: str, value: float | None) -> str:
