@@ -50,11 +50,11 @@ class Handler(BaseHTTPRequestHandler):
         with self.server.lock:
             self.server.busy -= 1
         self.send_response(status)
-        for name, value in {"Content-Length": str(len(content)), **headers}.items():
+        # "close", lest the client sends its next request into a connection that is about to be gone
+        for name, value in {"Content-Length": str(len(content)), "Connection": "close", **headers}.items():
             self.send_header(name, value)
         self.end_headers()
         self.wfile.write(content)
-        self.close_connection = True
 
     def do_GET(self) -> None:
         content = json.dumps({"data": self.server.models}).encode()

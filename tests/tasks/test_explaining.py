@@ -131,7 +131,12 @@ def test_a_failed_run_says_why_it_failed(smoke: Experiment) -> None:
 @pytest.mark.parametrize(
     ("step", "experiment", "iteration", "message"),
     [
-        ("train_sfd", None, None, "no step 'train_sfd' ran in rest-em-smoke; steps that did: check_gold, decide_prom"),
+        (
+            "train_sfd",
+            None,
+            None,
+            "no step 'train_sfd' ran in rest-em-smoke; steps that did: check_gold, count_overlaps, decide_prom",
+        ),
         ("train_sft", "other", None, "no experiment 'other' .* there are: rest-em-smoke"),
         ("train_sft", None, 7, r"train_sft never ran in iteration 7 of rest-em-smoke; it ran in \[1\]"),
     ],
