@@ -32,7 +32,7 @@ from flows.console import (
     use_home,
 )
 from flows.planning import checked_recipe
-from flows.presets import PresetError
+from flows.presets import PresetError, known_presets
 from flows.recipes import Recipe
 from flows.server import (
     ServerError,
@@ -168,7 +168,7 @@ def deploy(
     """Give the server that PREFECT_API_URL names a work pool, a deployment a preset and a watch for dead runs."""
     use_home(home_)
     with importing_prefect():
-        from flows.deploying import deploy, known_presets, prefect_yaml
+        from flows.deploying import deploy, prefect_yaml
 
     chosen = presets or known_presets()
     try:
@@ -202,7 +202,7 @@ def ui(
             fail(str(error), 1)
         stack.enter_context(announced(address))
         if worker:
-            from flows.deploying import deploy, known_presets
+            from flows.deploying import deploy
 
             for _ in deploy(known_presets(), pool=pool, at_once=1, cron=None):
                 pass

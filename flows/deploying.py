@@ -24,12 +24,11 @@ from prefect.exceptions import ObjectNotFound
 from prefect.workers.process import ProcessWorker
 
 from flows.forms import form_of
-from flows.presets import PresetError
+from flows.presets import REPOSITORY, PresetError
 from flows.recipes import Recipe
 from flows.server import HEARTBEAT_SECONDS
 from storage.home import home_name, home_url
 
-REPOSITORY = Path(__file__).parents[1]
 TAG = "ratchet"
 IN_IMAGE, HOME_IN_IMAGE = "/ratchet", "/ratchet-home"  # of deployments/docker/Dockerfile
 NIGHTLY = "0 2 * * *"
@@ -127,11 +126,6 @@ def prefect_yaml(presets: Sequence[Path], *, pool: str) -> str:
     directory = {"directory": "{{ $PWD }}"}
     pull = [{"prefect.deployments.steps.set_working_directory": directory}]
     return yaml.safe_dump({"name": "ratchet", "pull": pull, "deployments": deployments}, sort_keys=False, width=120)
-
-
-def known_presets() -> list[Path]:
-    """The presets that come along."""
-    return sorted((REPOSITORY / "deployments" / "presets").glob("*/*.yaml"))
 
 
 def _work_pool(client: SyncPrefectClient, name: str, at_once: int, kind: str) -> Deployed:

@@ -33,6 +33,9 @@ MENDINGS = 12  # tries to make a preset valid, to look at the rest of it
 _KEY = re.compile(r"[A-Za-z_]\w*(?:\.\w+|\[\d+\])*")
 
 
+REPOSITORY = Path(__file__).parents[1]
+
+
 class PresetError(ValueError):
     """The preset cannot be used; the message lists every fault."""
 
@@ -43,7 +46,8 @@ class Preset:
     def __init__(self, path: Path, overrides: Sequence[str] = ()) -> None:
         self.path = path
         if not path.is_file():
-            raise PresetError(f"there is no preset {str(path)!r}; those that come along: {', '.join(_known_presets())}")
+            known = ", ".join(str(one.relative_to(REPOSITORY)) for one in known_presets())
+            raise PresetError(f"there is no preset {str(path)!r}; those that come along: {known}")
         try:
             text = path.read_text(encoding="utf-8")
             self.values = yaml.safe_load(text)
@@ -146,6 +150,11 @@ class Preset:
         return f"{where}: {told}{found}"
 
 
+def known_presets() -> list[Path]:
+    """The presets that come along."""
+    return sorted((REPOSITORY / "deployments" / "presets").glob("*/*.yaml"))
+
+
 def _kind_of(values: object) -> str:
     return "nothing" if values is None else type(values).__name__
 
@@ -237,8 +246,3 @@ def _models_in(annotation: Any) -> list[type[BaseModel]]:
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return [annotation]
     return [found for part in getattr(annotation, "__args__", ()) for found in _models_in(part)]
-
-
-def _known_presets() -> list[str]:
-    folder = Path(__file__).parents[1] / "deployments" / "presets"
-    return sorted(str(path.relative_to(folder.parents[1])) for path in folder.glob("*/*.yaml"))

@@ -5,7 +5,7 @@ nothing else; a run that goes on after a kill goes through the same passes again
 """
 
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from itertools import groupby
 from typing import NamedTuple
 
@@ -16,7 +16,7 @@ from storage.rows import PassRate, Prompt, Rollout, ScoredRollout
 from tasks.allotments import Tally, mean_pass_rate, next_pass, pass_rate, standing, tally
 from tasks.answers import score_by_answer
 from tasks.caching import log_counts, step
-from tasks.isolating import check_error_rate
+from tasks.isolating import read_checked
 from tasks.planning import current_plan
 from tasks.sampling import Drawing, ledger_key, sample_rollouts
 
@@ -73,15 +73,9 @@ def gather_allotted(
     allotted = _allot(ledger, prompts, sampling, marker, known, lambda _: None)
     wanted = {name: (1 << one.rollouts) - 1 for name, one in allotted.tallies.items()}
     errors: Counter[str] = Counter()
-
-    def checked() -> Iterator[Rollout]:
-        for row in ledger.read(wanted):
-            errors[row.prompt_id] += row.finish_reason == "error"
-            yield row
-        check_error_rate(errors.total(), len(wanted), sampling, [f"prompt {name}" for name in +errors], ledger)
-
+    rows = read_checked(ledger, wanted, sampling, errors)
     parents = [prompts] if known is None else [prompts, known]
-    rollouts = write_rows(checked(), Rollout, step="rollouts", parents=parents, settings={"sampling": sampling.key()})
+    rollouts = write_rows(rows, Rollout, step="rollouts", parents=parents, settings={"sampling": sampling.key()})
     prompts_by_standing = {f"prompts {name}": count for name, count in sorted(allotted.standings.items())}
     log_counts({"sampled": rollouts.rows, "passes": allotted.passes, **prompts_by_standing})
     log_counts({"engine_errors": errors.total()} if errors.total() else {})

@@ -1,6 +1,7 @@
 """Prompts that bring an engine down: found by drawing ever smaller groups, so that all others are drawn."""
 
 import logging
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
@@ -103,6 +104,20 @@ def _works(job: Job, prompts: dict[str, Prompt]) -> bool:
         return len(list(serve(job.policy, job.engine).sample([request], job.sampling))) == 1
     except EngineError:
         return False
+
+
+def read_checked(ledger: Ledger, wanted: dict[str, int], sampling: Sampling, errors: Counter[str]) -> Iterator[Rollout]:
+    """The wanted rows of a ledger.
+
+    Args:
+        errors: counts the rollouts of each prompt that the engine failed to draw.
+    Raises:
+        ShardsFailed: at the end, if they are more than `maximum_error_rate` allows.
+    """
+    for row in ledger.read(wanted):
+        errors[row.prompt_id] += row.finish_reason == "error"
+        yield row
+    check_error_rate(errors.total(), len(wanted), sampling, [f"prompt {name}" for name in +errors], ledger)
 
 
 def check_error_rate(count: int, prompts: int, sampling: Sampling, errors: Sequence[str], ledger: Ledger) -> None:

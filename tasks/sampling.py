@@ -22,7 +22,7 @@ from storage.ledger import DamagedPart, Ledger
 from storage.rows import Prompt, Rollout
 from tasks.caching import Outcome, log_counts, start_task, step
 from tasks.drawing import Job, Meter, Shard, ShardsFailed, Tally, all_wanted, draw, missing, tell_failed
-from tasks.isolating import check_error_rate, draw_apart
+from tasks.isolating import draw_apart, read_checked
 from tasks.planning import current_plan
 from tasks.recording import record_step
 from tasks.serving import stopping
@@ -73,14 +73,8 @@ def gather_rollouts(
     wanted = {row.prompt_id: all_wanted(sampling) for row in read_rows(prompts, Prompt)}
     expected = len(wanted) * sampling.rollouts_per_prompt
     errors: Counter[str] = Counter()
-
-    def checked() -> Iterator[Rollout]:
-        for row in ledger.read(wanted):
-            errors[row.prompt_id] += row.finish_reason == "error"
-            yield row
-        check_error_rate(errors.total(), len(wanted), sampling, [f"prompt {name}" for name in +errors], ledger)
-
-    rollouts = write_rows(checked(), Rollout, step="rollouts", parents=[prompts], settings={"sampling": sampling.key()})
+    rows = read_checked(ledger, wanted, sampling, errors)
+    rollouts = write_rows(rows, Rollout, step="rollouts", parents=[prompts], settings={"sampling": sampling.key()})
     if rollouts.rows != expected:
         raise RuntimeError(f"ledger {ledger.folder.name} gave {rollouts.rows} of {expected} rows that were just there")
     log_counts({"sampled": rollouts.rows, **({"engine_errors": errors.total()} if errors.total() else {})})

@@ -16,9 +16,9 @@ from prefect.utilities.templating import apply_values
 from typer.testing import CliRunner
 
 from flows.__main__ import app
-from flows.deploying import DEAD_RUNS, deploy, deployment_of, known_presets, prefect_yaml
+from flows.deploying import DEAD_RUNS, deploy, deployment_of, prefect_yaml
 from flows.forms import comments_of
-from flows.presets import PresetError
+from flows.presets import PresetError, known_presets
 from flows.rest_em import rest_em
 from models import fake_engine
 from models.specs import Sampling
