@@ -155,6 +155,7 @@ def test_a_second_machine_is_refused_by_name_while_the_first_runs(
     check_recovery(far, before, driver.run(far), unbroken)
 
 
+@pytest.mark.slow  # half a minute
 def test_two_machines_and_two_homes_at_once_end_as_each_does_alone(far: FarPlace, unbroken: dict[str, Any]) -> None:
     runs = [
         (FarPlace(far.folder / "a", url=far.url), "small"),

@@ -425,6 +425,7 @@ def save_noised(weights: Path, folder: Path, scale: float) -> None:
 
 
 @pytest.mark.vllm
+@pytest.mark.slow  # a minute
 def test_a_schedule_halts_at_a_policy_whose_weights_are_noised(
     monkeypatch: pytest.MonkeyPatch, ratchet_home: Path
 ) -> None:
