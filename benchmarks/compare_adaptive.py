@@ -8,17 +8,15 @@ solutions; with known pass rates, what the base's sampling found decides with. C
 is what plain sampling would pay for as many pairs, between the two numbers of rollouts that come next to it.
 """
 
-import argparse
-import contextlib
-import os
 import sys
-import tempfile
 import time
 from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
 from statistics import mean, stdev
 from typing import TYPE_CHECKING, NamedTuple
+
+from tables import experiments
 
 if TYPE_CHECKING:
     from flows.rest_em import RestEM
@@ -67,17 +65,7 @@ Told = dict[tuple[str, str], Figures]  # (policy, way) -> figures
 
 def main() -> None:
     """Draw what is missing and print the tables."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seeds", default="0,1,2")
-    parser.add_argument("--home")
-    parser.add_argument("--lock", help="hold this file's lock while models are at work")
-    options = parser.parse_args()
-    with contextlib.ExitStack() as stack:
-        folder = options.home or stack.enter_context(tempfile.TemporaryDirectory(prefix="ratchet-bench-"))
-        os.environ["RATCHET_HOME"] = str(folder)
-        from flows.server import configure_prefect
-
-        configure_prefect()
+    with experiments(__doc__) as options:
         from compare_spin import locked
 
         from tasks.serving import close_engines

@@ -7,16 +7,15 @@ problems. Differences from plain SPIN are paired by problem and averaged over se
 problems: how far seeds differ stands beside it. With --home, finished arms are reused.
 """
 
-import argparse
 import contextlib
 import fcntl
-import os
 import sys
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from statistics import mean, stdev
 from typing import TYPE_CHECKING, Any, NamedTuple
+
+from tables import experiments
 
 if TYPE_CHECKING:
     from storage.experiments import Experiment
@@ -65,18 +64,7 @@ class Arm(NamedTuple):
 
 def main() -> None:
     """Run what is missing and print the table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seeds", default="0,1,2")
-    parser.add_argument("--arms", default=",".join(ARMS))
-    parser.add_argument("--home")
-    parser.add_argument("--lock", help="hold this file's lock while an arm runs")
-    options = parser.parse_args()
-    with contextlib.ExitStack() as stack:
-        folder = options.home or stack.enter_context(tempfile.TemporaryDirectory(prefix="ratchet-bench-"))
-        os.environ["RATCHET_HOME"] = str(folder)
-        from flows.server import configure_prefect
-
-        configure_prefect()
+    with experiments(__doc__, lambda parser: parser.add_argument("--arms", default=",".join(ARMS))) as options:
         seeds = [int(seed) for seed in options.seeds.split(",")]
         told = {}
         for seed in seeds:

@@ -8,17 +8,15 @@ those included that no confident majority could check. The estimate is what a ru
 checked. With the home of compare_adaptive.py, models and rollouts are reused.
 """
 
-import argparse
-import contextlib
-import os
 import random
 import sys
-import tempfile
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from statistics import mean, stdev
 from typing import TYPE_CHECKING, NamedTuple
+
+from tables import experiments
 
 if TYPE_CHECKING:
     from storage.datasets import DatasetRef
@@ -48,17 +46,7 @@ Key = tuple[str, int, float, float]  # policy, rollouts, agreement, share
 
 def main() -> None:
     """Draw what is missing and print the table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seeds", default="0,1,2")
-    parser.add_argument("--home")
-    parser.add_argument("--lock", help="hold this file's lock while models are at work")
-    options = parser.parse_args()
-    with contextlib.ExitStack() as stack:
-        folder = options.home or stack.enter_context(tempfile.TemporaryDirectory(prefix="ratchet-bench-"))
-        os.environ["RATCHET_HOME"] = str(folder)
-        from flows.server import configure_prefect
-
-        configure_prefect()
+    with experiments(__doc__) as options:
         from compare_spin import locked
 
         from tasks.serving import close_engines

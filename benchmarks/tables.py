@@ -1,11 +1,16 @@
-"""What all benchmarks share: a table on the terminal, and the command run on the smoke preset."""
+"""What all benchmarks share: a table on the terminal, the smoke preset run, a home for whole experiments."""
 
+import argparse
 import importlib.util
+import os
 import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from typing import Any
 
 REPOSITORY = Path(__file__).parents[1]
 SMOKE = "deployments/presets/rest_em/smoke.yaml"
@@ -26,6 +31,28 @@ def run_smoke(home: Path, *options: str) -> float:
     if done.returncode:
         raise SystemExit(f"the smoke run failed:\n{done.stderr[-2000:]}")
     return time.perf_counter() - started
+
+
+@contextmanager
+def experiments(doc: str | None, more: Callable[[argparse.ArgumentParser], object] = lambda _: None) -> Iterator[Any]:
+    """The options of a script that runs whole experiments, in the home that they name or in one for the time being.
+
+    Args:
+        more: adds options of the script's own.
+    """
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seeds", default="0,1,2")
+    parser.add_argument("--home")
+    parser.add_argument("--lock", help="hold this file's lock while models are at work")
+    more(parser)
+    options = parser.parse_args()
+    with ExitStack() as stack:
+        folder = options.home or stack.enter_context(tempfile.TemporaryDirectory(prefix="ratchet-bench-"))
+        os.environ["RATCHET_HOME"] = str(folder)
+        from flows.server import configure_prefect
+
+        configure_prefect()
+        yield options
 
 
 def seconds(spent: float) -> str:

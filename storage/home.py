@@ -1,7 +1,7 @@
 """The home: the one place that holds everything. Where it is comes from the environment, never from a preset.
 
 A home is a folder, or a place in an object store: then the store is the truth, and this machine works on a folder that
-is a copy of it (storage/remote.py).
+is a copy of it (storage/opening.py).
 """
 
 import hashlib

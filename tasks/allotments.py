@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 from models.specs import Adaptive, AnswerSampling
 from storage.rows import PassRate, ScoredRollout
-from tasks.metrics import CORRECT
+from tasks.metrics import is_correct
 from tasks.selection import same_text
 
 ENOUGH, CAPPED, FAILED, LACKING = "enough", "at the cap", "engine error", "lacking"
@@ -34,7 +34,7 @@ def tally(rows: Iterable[ScoredRollout]) -> Tally:
         rollouts += 1
         failed = failed or row.finish_reason == "error"
         if row.reward is not None:
-            texts[row.reward >= CORRECT].add(same_text(row.completion))
+            texts[is_correct(row.reward)].add(same_text(row.completion))
     return Tally(rollouts, len(texts[True]), len(texts[False]), failed)
 
 
@@ -83,7 +83,7 @@ def pass_rate(rows: Iterable[ScoredRollout], first: int, iteration: int) -> Pass
         first: rollouts with an index below this were drawn whatever came of them.
     """
     rollouts = list(rows)
-    correct = sum(row.reward is not None and row.reward >= CORRECT for row in rollouts)
+    correct = sum(is_correct(row.reward) for row in rollouts)
     decided = sum(row.reward is not None for row in rollouts)
     early = [row for row in rollouts if row.rollout_index < first]
     return PassRate(
@@ -94,7 +94,7 @@ def pass_rate(rows: Iterable[ScoredRollout], first: int, iteration: int) -> Pass
         incorrect=decided - correct,
         undecided=len(rollouts) - decided,
         first_rollouts=len(early),
-        first_correct=sum(row.reward is not None and row.reward >= CORRECT for row in early),
+        first_correct=sum(is_correct(row.reward) for row in early),
     )
 
 

@@ -4,7 +4,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
-from tasks.metrics import CORRECT
+from tasks.metrics import is_correct
 
 
 class Solved(NamedTuple):
@@ -15,7 +15,7 @@ class Solved(NamedTuple):
 
     def and_one(self, reward: float | None) -> "Solved":
         """With one rollout more, which got this reward."""
-        return Solved(self.rollouts + 1, self.correct + (reward is not None and reward >= CORRECT))
+        return Solved(self.rollouts + 1, self.correct + is_correct(reward))
 
     @property
     def rate(self) -> float:

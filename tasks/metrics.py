@@ -75,6 +75,11 @@ class PairedDifference(NamedTuple):
     n: int  # prompts
 
 
+def is_correct(reward: float | None) -> bool:
+    """Whether a rollout of this reward counts as correct; one that is undecided does not."""
+    return reward is not None and reward >= CORRECT
+
+
 def parse_strategy(name: str) -> Strategy:
     """The strategy of this name.
 
@@ -109,7 +114,7 @@ def evaluate_prompt(scored: Sequence[ScoredRollout], strategy: Strategy) -> Eval
         rows = rows[: strategy.k]
     picked = _picked(rows, strategy)
     if strategy.kind == "pass":
-        value = pass_at_k(len(rows), sum(map(_is_correct, rows)), strategy.k)
+        value = pass_at_k(len(rows), sum(is_correct(row.reward) for row in rows), strategy.k)
     elif strategy.kind == "mean":
         value = sum(row.reward or 0.0 for row in rows) / len(rows)
     else:
@@ -246,10 +251,6 @@ def _picked(rows: Sequence[ScoredRollout], strategy: Strategy) -> ScoredRollout 
         drawn = [row for row in rows if row.finish_reason != "error"]  # the others have no likelihood
         return best_of_n_by_likelihood(drawn) if drawn else None
     return rows[0] if strategy.kind == "greedy" else None
-
-
-def _is_correct(row: ScoredRollout) -> bool:
-    return row.reward is not None and row.reward >= CORRECT
 
 
 def _percentiles(values: Numbers, seed: int) -> Interval:

@@ -10,7 +10,7 @@ from storage.finding import rows_of_prompt
 from storage.report_rows import ReportedSample
 from storage.rows import ScoredRollout
 from tasks.drift import Solved, most_changed
-from tasks.metrics import CORRECT
+from tasks.metrics import is_correct
 
 OF_A_KIND = 2  # of each iteration
 CHANGED = 4  # prompts that got better, and as many that got worse
@@ -56,7 +56,7 @@ def changed_samples(before: PolicyOnTest, after: PolicyOnTest) -> Iterator[Repor
 
 def _one(ref: DatasetRef, prompt_id: str, *, correct: bool) -> ScoredRollout:
     rows = rows_of_prompt(ref, ScoredRollout, prompt_id)
-    wanted = (row for row in rows if (row.reward is not None and row.reward >= CORRECT) == correct)
+    wanted = (row for row in rows if is_correct(row.reward) == correct)
     return next(wanted, rows[0])
 
 
