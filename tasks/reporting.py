@@ -47,9 +47,10 @@ def publish_report(experiment: Experiment) -> None:
     if current_plan() is not None:
         return
     path = write_report(experiment)
-    rows = [f"| {record.label} | {_figures(record)} | {_decided(record)} |" for record in experiment.iterations()]
+    iterations = experiment.iterations()
+    rows = [f"| {record.label} | {_figures(record)} | {_decided(record)} |" for record in iterations]
     table = "\n".join(["| policy | test, % | gate |", "|---|---|---|", *rows])
-    gist = "\n\n".join([f"# {experiment.name}", *summary(experiment.iterations()), table])
+    gist = "\n\n".join([f"# {experiment.name}", *summary(iterations), table])
     publish_markdown(experiment.name, f"{gist}\n\nThe whole report: `{path}`\n")
 
 
