@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from itertools import islice
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -90,7 +90,7 @@ def write_rows(
     Raises:
         DatasetError: there are no rows, or one does not fit its type.
     """
-    return _store(_batched(rows, row_type, step), row_type, step=step, parents=parents, settings=settings)
+    return write_batches(_batched(rows, row_type, step), row_type, step=step, parents=parents, settings=settings)
 
 
 def join_rows(
@@ -107,17 +107,22 @@ def join_rows(
         DatasetError: a part is gone or is damaged.
     """
     batches = (batch for part in parts for batch in _batches(part, None, arrow_schema(row_type)))
-    return _store(batches, row_type, step=step, parents=parents, settings=settings)
+    return write_batches(batches, row_type, step=step, parents=parents, settings=settings)
 
 
-def _store(
+def write_batches(
     batches: Iterable[pa.RecordBatch],
     row_type: type[Row],
     *,
     step: str,
-    parents: Sequence[DatasetRef],
-    settings: Mapping[str, object] | None,
+    parents: Sequence[DatasetRef] = (),
+    settings: Mapping[str, object] | None = None,
 ) -> DatasetRef:
+    """What `write_rows` does, of rows that are Arrow batches already (`storage.schemas.batch_like`).
+
+    Raises:
+        DatasetError: there are no rows.
+    """
     folder = home() / "datasets" / checked_name(step, "a step's name")
     plain_settings = json.loads(canonical_json(settings or {}))
     origin = {"step": step, "row_type": row_type.__name__, "settings": plain_settings}
@@ -143,13 +148,26 @@ def read_rows(ref: DatasetRef, row_type: type[R], part: range | None = None) -> 
     Raises:
         DatasetError: it holds other rows, is gone or is damaged.
     """
+    return (row for batch in read_batches(ref, row_type, part) for row in rows_of(batch, row_type))
+
+
+def read_batches(
+    ref: DatasetRef, row_type: type[Row], part: range | None = None, columns: Sequence[str] | None = None
+) -> Iterator[pa.RecordBatch]:
+    """What `read_rows` does, as Arrow batches, of all columns or those named."""
     if ref.row_type != row_type.__name__:
         raise DatasetError(f"{ref.name} holds {ref.row_type} rows, {row_type.__name__} rows were expected")
-    return (row for batch in _batches(ref, None, arrow_schema(row_type), part) for row in rows_of(batch, row_type))
+    return _batches(ref, columns, arrow_schema(row_type), part)
+
+
+def read_columns(ref: DatasetRef, row_type: type[Row], names: Sequence[str]) -> Iterator[tuple[Any, ...]]:
+    """What `read_rows` does, of each row these columns only, in the order of the names."""
+    for batch in read_batches(ref, row_type, columns=names):
+        yield from zip(*(batch[name].to_pylist() for name in names), strict=True)
 
 
 def iter_batches(ref: DatasetRef, columns: Sequence[str] | None = None) -> Iterator[pa.RecordBatch]:
-    """The rows of a data set as Arrow batches, all columns or those named, checked like `read_rows`."""
+    """The rows of a data set of any type as Arrow batches, all columns or those named, checked like `read_rows`."""
     return _batches(ref, columns, None)
 
 
@@ -291,9 +309,11 @@ def _batches(
                     f"{expected.names}: another version of ratchet wrote it; raise the step's version and run it again"
                 )
             seen = 0
-            for batch in parquet.iter_batches(batch_size=BATCH_ROWS, columns=columns):
-                yield batch if part is None else _within(batch, number + seen, part)
+            for batch in parquet.iter_batches(batch_size=BATCH_ROWS, columns=columns, use_threads=False):
+                wanted = batch if part is None else _within(batch, number + seen, part)
                 seen += batch.num_rows
+                if wanted.num_rows:
+                    yield wanted
         if seen != file.rows:
             raise DatasetError(f"{ref.name}/{file.name} holds {seen} rows, its manifest says {file.rows}; {REBUILD}")
         number += seen

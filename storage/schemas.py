@@ -4,7 +4,10 @@ import dataclasses
 import inspect
 import types
 import typing
+from collections import deque
 from collections.abc import Iterator, Sequence
+from functools import cache
+from operator import attrgetter
 from typing import TypeVar
 
 import pyarrow as pa
@@ -23,8 +26,7 @@ def arrow_schema(row_type: type[Row]) -> pa.Schema:
     Raises:
         TypeError: an annotation is none of str, int, float, bool, list[...] of these, and `X | None`.
     """
-    hints = typing.get_type_hints(row_type)
-    return pa.schema([_field(row_type, field.name, hints[field.name]) for field in dataclasses.fields(row_type)])
+    return _schema_of(row_type)  # type: ignore[arg-type]  # mypy takes a row's hash for that of its type
 
 
 def row_types() -> dict[str, type[Row]]:
@@ -39,17 +41,42 @@ def batch_of(rows: Sequence[Row], row_type: type[Row]) -> pa.RecordBatch:
     Raises:
         ValueError: a row is of another type, or a value does not fit its column.
     """
-    if strangers := {type(row).__name__ for row in rows if type(row) is not row_type}:
+    if strangers := {kind.__name__ for kind in set(map(type, rows)) if kind is not row_type}:
         raise ValueError(f"expected {row_type.__name__} rows, found {', '.join(sorted(strangers))}")
     schema = arrow_schema(row_type)
-    return pa.RecordBatch.from_arrays([_column(rows, field) for field in schema], schema=schema)
+    columns = [_array(list(map(attrgetter(field.name), rows)), field, rows) for field in schema]
+    return pa.RecordBatch.from_arrays(columns, schema=schema)
+
+
+def batch_like(batch: pa.RecordBatch, row_type: type[Row], **more: Sequence[object]) -> pa.RecordBatch:
+    """A batch of another row type with the columns it has in common with this one, and more.
+
+    Raises:
+        ValueError: a value does not fit its column.
+    """
+    schema = arrow_schema(row_type)
+    columns = [
+        _array(more[field.name], field, range(batch.num_rows)) if field.name in more else batch[field.name]
+        for field in schema
+    ]
+    return pa.RecordBatch.from_arrays(columns, schema=schema)
 
 
 def rows_of(batch: pa.RecordBatch, row_type: type[R]) -> Iterator[R]:
-    """The rows of an Arrow batch, in order."""
-    names = batch.schema.names
-    for values in zip(*(column.to_pylist() for column in batch.columns), strict=True):
-        yield row_type(**dict(zip(names, values, strict=True)))
+    """The rows of an Arrow batch, in order.
+
+    Their slots are filled a column at a time: a frozen dataclass's own `__init__` takes four times as long.
+    """
+    rows = [row_type.__new__(row_type) for _ in range(batch.num_rows)]
+    for name, column in zip(batch.schema.names, batch.columns, strict=True):
+        deque(map(getattr(row_type, name).__set__, rows, column.to_pylist()), maxlen=0)
+    return iter(rows)
+
+
+@cache
+def _schema_of(row_type: type[Row]) -> pa.Schema:
+    hints = typing.get_type_hints(row_type)
+    return pa.schema([_field(row_type, field.name, hints[field.name]) for field in dataclasses.fields(row_type)])
 
 
 def _field(row_type: type[Row], name: str, annotation: object) -> pa.Field:
@@ -68,8 +95,8 @@ def _field(row_type: type[Row], name: str, annotation: object) -> pa.Field:
     return pa.field(name, _SCALARS[inner], nullable=nullable)
 
 
-def _column(rows: Sequence[Row], field: pa.Field) -> pa.Array:
-    values = [getattr(row, field.name) for row in rows]
+def _array(values: Sequence[object], field: pa.Field, rows: Sequence[object]) -> pa.Array:
+    """The values as an array; an error quotes what `rows` says of the first one at fault."""
     try:
         array = pa.array(values, type=field.type)
     except (pa.ArrowException, UnicodeError, TypeError, OverflowError) as error:

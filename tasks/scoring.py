@@ -3,9 +3,12 @@
 from collections import Counter
 from collections.abc import Iterator
 
-from storage.datasets import DatasetRef, iter_batches, join_rows, read_rows, write_rows
+import pyarrow as pa
+
+from storage.datasets import DatasetRef, iter_batches, join_rows, read_batches, write_batches
 from storage.rows import Rollout, ScoredRollout
-from tasks.answers import score_by_answer
+from storage.schemas import batch_like
+from tasks.answers import SCORER, Verdict, verdict_on
 from tasks.caching import log_counts, step
 from tasks.spreading import cuts, spread
 
@@ -32,13 +35,15 @@ def _score(rollouts: DatasetRef, prompts: DatasetRef, marker: str, part: range, 
     gold = _gold(prompts)
     reasons: Counter[str] = Counter()
 
-    def scored() -> Iterator[ScoredRollout]:
-        for rollout in read_rows(rollouts, Rollout, part):
-            row = score_by_answer(rollout, gold[rollout.prompt_id], marker)
-            reasons[row.reason] += 1
-            yield row
+    def scored() -> Iterator[pa.RecordBatch]:
+        for batch in read_batches(rollouts, Rollout, part):
+            asked = (batch[name].to_pylist() for name in ("prompt_id", "completion", "finish_reason"))
+            verdicts = [verdict_on(text, ending, gold[one], marker) for one, text, ending in zip(*asked, strict=True)]
+            columns = dict(zip(Verdict._fields, zip(*verdicts, strict=True), strict=True))
+            reasons.update(columns["reason"])
+            yield batch_like(batch, ScoredRollout, **columns, scorer=[SCORER] * len(verdicts))
 
-    reference = write_rows(scored(), ScoredRollout, step=step, parents=[rollouts, prompts])
+    reference = write_batches(scored(), ScoredRollout, step=step, parents=[rollouts, prompts])
     log_counts(reasons)
     return reference
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from tasks.answers import (
     answers_disagree,
     answers_match,
     extract_answer,
+    find_answers,
     is_readable,
     parse_answer,
     read_any_answer,
@@ -73,6 +75,36 @@ PIECES = st.sampled_from([*NUMBERS, *WORDS, *MARKS])
 @settings(max_examples=2_000, deadline=None)
 def test_the_short_way_reads_what_the_long_way_reads(text: str) -> None:
     assert parse_answer(text) == read_any_answer(text)
+
+
+BITS = [
+    "FINAL ANSWER:",
+    "Final answer",
+    "final",
+    " ",
+    "ANSWER",
+    ":",
+    "**",
+    "_",
+    "\t",
+    "\n",
+    "\\",
+    "\\n",
+    "7",
+    "\r",
+    "\x0b",
+    "é",
+    "K",
+]
+
+
+@given(st.lists(st.sampled_from(BITS), max_size=9).map("".join))
+@settings(max_examples=2_000, deadline=None)
+def test_the_short_way_finds_the_markers_and_lines_that_patterns_find(text: str) -> None:
+    marker = re.compile(r"FINAL[ \t]+ANSWER[*_ \t]*:", re.IGNORECASE)
+    line = re.compile(r"(?:[\s*_]|\\n)*([^\n\\]*(?:\\(?!n)[^\n\\]*)*)")
+    lines = [line.match(text, found.end()) for found in marker.finditer(text)]
+    assert find_answers(text, MARKER) == [found[1].rstrip() or None for found in lines if found]
 
 
 def test_there_are_eighty_hard_cases_or_more() -> None:

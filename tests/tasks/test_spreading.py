@@ -31,13 +31,12 @@ from storage.rows import (
     Instance,
     Prompt,
     Rollout,
-    ScoredRollout,
     Verification,
     Verifier,
     VerifierCase,
 )
 from tasks import spreading
-from tasks.answers import score_by_answer
+from tasks.answers import Verdict, verdict_on
 from tasks.consistency import Consistency
 from tasks.drawing import ShardsFailed
 from tasks.recording import Progress, listening
@@ -181,16 +180,16 @@ def test_a_failed_shard_lets_the_others_finish_and_is_alone_in_being_done_again(
     expected, _ = in_process(monkeypatch, *given)
     monkeypatch.setenv("RATCHET_SHARD_ROWS", "50")
 
-    def broken(row: Rollout, gold: str, marker: str) -> ScoredRollout:
-        if row.prompt_id in ("p20", "p99"):  # rows 80 and 396, in shards 1 and 7
-            raise ValueError(f"no score for {row.prompt_id}")
-        return score_by_answer(row, gold, marker)
+    def broken(completion: str, finish_reason: str, gold: str, marker: str) -> Verdict:
+        if gold in ("20", "99"):  # rows 80 and 396, in shards 1 and 7
+            raise ValueError(f"no score for p{gold}")
+        return verdict_on(completion, finish_reason, gold, marker)
 
-    monkeypatch.setattr(tasks.scoring, "score_by_answer", broken)
+    monkeypatch.setattr(tasks.scoring, "verdict_on", broken)
     with pytest.raises(ShardsFailed, match=r"2 of 8 shards failed: \[1, 7\]; the others are stored") as failure:
         score_answers(*given, "A:")
     assert "ValueError: no score for p20" in str(failure.value)
-    monkeypatch.setattr(tasks.scoring, "score_by_answer", score_by_answer)
+    monkeypatch.setattr(tasks.scoring, "verdict_on", verdict_on)
     with heard() as records:
         assert score_answers(*given, "A:") == expected
     done = sorted(record.shard for record in records if record.shard is not None and not record.cached)
