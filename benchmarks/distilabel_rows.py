@@ -1,6 +1,6 @@
 """distilabel's pipeline on the rows of bench_rows.py, without a model: its steps have to lie in a module of their own.
 
-    python benchmarks/distilabel_rows.py --rows 20000 --cache DIR [--use-cache] [--delay 0.001]
+    python benchmarks/distilabel_rows.py --rows 20000 --cache DIR [--batch 1000] [--use-cache] [--delay 0.001]
 
 Prints JSON: CPU seconds of all its processes, wall seconds, and how many rows its sampling step was asked for.
 """
@@ -21,13 +21,12 @@ from bench_rows import MARKER, PER_PROMPT, made_up  # noqa: E402
 from distilabel.pipeline import Pipeline  # noqa: E402
 from distilabel.steps import GeneratorStep, Step, StepInput  # noqa: E402
 
-BATCH = 1_000
-
 
 class Load(GeneratorStep):  # type: ignore[misc]  # distilabel has no types
     """The prompts' rows; a row's completion comes along and is only shown by Draw."""
 
     rows: int
+    batch: int
 
     def process(self, offset: int = 0) -> Any:
         batch: list[dict[str, Any]] = []
@@ -35,7 +34,7 @@ class Load(GeneratorStep):  # type: ignore[misc]  # distilabel has no types
             if number < offset:
                 continue
             batch.append(row)
-            if len(batch) == BATCH or number == self.rows - 1:
+            if len(batch) == self.batch or number == self.rows - 1:
                 yield batch, number == self.rows - 1
                 batch = []
 
@@ -92,6 +91,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", type=int, required=True)
     parser.add_argument("--cache", type=Path, required=True)
+    parser.add_argument("--batch", type=int, default=50, help="rows a batch; 50 is distilabel's own default")
     parser.add_argument("--use-cache", action="store_true")
     parser.add_argument("--delay", type=float, default=0.0, help="seconds a row")
     options = parser.parse_args()
@@ -99,8 +99,9 @@ def main() -> None:
     note.parent.mkdir(parents=True, exist_ok=True)
     started = time.perf_counter()
     with Pipeline(name="rows", cache_dir=options.cache) as pipeline:
-        draw = Draw(input_batch_size=BATCH, delay=options.delay, note=str(note))
-        Load(rows=options.rows) >> draw >> Score(input_batch_size=BATCH) >> Pair(input_batch_size=BATCH)
+        size = {"input_batch_size": options.batch}
+        draw = Draw(delay=options.delay, note=str(note), **size)
+        Load(rows=options.rows, batch=options.batch) >> draw >> Score(**size) >> Pair(**size)
     made = pipeline.run(use_cache=options.use_cache)
     assert len(made["default"]["train"]) == options.rows
     children = resource.getrusage(resource.RUSAGE_CHILDREN)

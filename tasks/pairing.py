@@ -3,12 +3,14 @@
 from collections import Counter
 from collections.abc import Iterator
 from itertools import groupby, islice
+from operator import attrgetter
 
-from storage.datasets import DatasetRef, read_rows, write_rows
+from storage.datasets import DatasetRef, read_columns, read_rows, write_rows
 from storage.rows import Pair, ScoredRollout
 from tasks import pairs as rules
 from tasks.caching import log_counts, step
 from tasks.pairs import Pairing
+from tasks.selection import Scored
 
 SHOWN = 3  # rollouts quoted when nothing could be paired
 
@@ -28,7 +30,8 @@ def pair_rollouts(scored: DatasetRef, pairing: Pairing, iteration: int) -> Datas
     stages: Counter[str] = Counter()
 
     def pairs() -> Iterator[Pair]:
-        for _, group in groupby(read_rows(scored, ScoredRollout), key=lambda row: row.prompt_id):
+        rows = map(Scored._make, read_columns(scored, ScoredRollout, Scored._fields))
+        for _, group in groupby(rows, key=attrgetter("prompt_id")):
             rollouts = list(group)
             paired = rules.pair_rollouts(rollouts, pairing, iteration)
             drops.update(paired.drops)

@@ -11,10 +11,11 @@ from typing import Literal, NamedTuple
 from pydantic import Field, model_validator
 
 from models.specs import Settings
-from storage.rows import Demonstration, Pair, Rollout, ScoredRollout
-from tasks.selection import same_text
+from storage.rows import Demonstration, Pair, Rollout
+from tasks.selection import AnyScored, same_text
 
-Written = Demonstration | Rollout | ScoredRollout
+Written = Demonstration | Rollout | AnyScored
+Read = tuple[AnyScored, str]  # a row, and the text that it is compared by
 
 
 class Pairing(Settings):
@@ -51,7 +52,7 @@ class Paired(NamedTuple):
     drops: Counter[str]
 
 
-def pair_rollouts(scored: Sequence[ScoredRollout], settings: Pairing, iteration: int) -> Paired:
+def pair_rollouts(scored: Sequence[AnyScored], settings: Pairing, iteration: int) -> Paired:
     """Pairs of one prompt's rollouts, the same whatever their order.
 
     Raises:
@@ -59,17 +60,16 @@ def pair_rollouts(scored: Sequence[ScoredRollout], settings: Pairing, iteration:
     """
     _of_one_prompt(row.prompt_id for row in scored)
     drops: Counter[str] = Counter()
-    rows = _usable(scored, settings, drops)
+    rows = [(row, same_text(row.completion)) for row in _usable(scored, settings, drops)]
     if settings.rule == "best_worst":
         rows.sort(key=_reward, reverse=True)  # stable: rows of equal reward keep their seeded order
         chosen, rejected = rows[:1], rows[1:][-1:]
         drops["between best and worst"] += max(0, len(rows) - 2)
     else:
-        chosen = _distinct([row for row in rows if _reward(row) >= settings.chosen_minimum], drops)
-        rejected = _distinct([row for row in rows if _reward(row) <= settings.rejected_maximum], drops)
-        drops["between the thresholds"] += sum(
-            settings.rejected_maximum < _reward(row) < settings.chosen_minimum for row in rows
-        )
+        above = [row for row in rows if _reward(row) >= settings.chosen_minimum]
+        below = [row for row in rows if _reward(row) <= settings.rejected_maximum]
+        drops["between the thresholds"] += len(rows) - len(above) - len(below)
+        chosen, rejected = _distinct(above, drops), _distinct(below, drops)
     drops["prompt without a chosen"] += not chosen
     drops["prompt without a rejected"] += not rejected
     if not chosen or not rejected:
@@ -83,8 +83,8 @@ def pair_rollouts(scored: Sequence[ScoredRollout], settings: Pairing, iteration:
     in_step = ((chosen[n % len(chosen)], rejected[n % len(rejected)]) for n in range(rounds))
     sound = (pair for pair in in_step if _is_sound(*pair, settings, drops))
     pairs = [
-        pair_of(*sides, (_reward(sides[0]), _reward(sides[1])), settings.rule, iteration)
-        for sides in islice(sound, settings.max_per_prompt)
+        pair_of(good[0], bad[0], (_reward(good), _reward(bad)), settings.rule, iteration)
+        for good, bad in islice(sound, settings.max_per_prompt)
     ]
     if settings.rule == "zip":
         drops["pair over max_per_prompt"] += sum(1 for _ in sound)
@@ -163,7 +163,7 @@ def _of_one_prompt(prompt_ids: Iterable[str]) -> None:
         )
 
 
-def _usable(scored: Sequence[ScoredRollout], settings: Pairing, drops: Counter[str]) -> list[ScoredRollout]:
+def _usable(scored: Sequence[AnyScored], settings: Pairing, drops: Counter[str]) -> list[AnyScored]:
     usable = []
     for row in sorted(scored, key=lambda row: row.rollout_index):
         if row.finish_reason == "length":  # on either side: length alone would tell them apart (METHODS 9.8)
@@ -177,16 +177,16 @@ def _usable(scored: Sequence[ScoredRollout], settings: Pairing, drops: Counter[s
     return usable
 
 
-def _distinct(rows: list[ScoredRollout], drops: Counter[str]) -> list[ScoredRollout]:
-    first: dict[str, ScoredRollout] = {}
+def _distinct(rows: list[Read], drops: Counter[str]) -> list[Read]:
+    first: dict[str, Read] = {}
     for row in rows:
-        first.setdefault(same_text(row.completion), row)
+        first.setdefault(row[1], row)
     drops["duplicate"] += len(rows) - len(first)
     return list(first.values())
 
 
-def _is_sound(chosen: ScoredRollout, rejected: ScoredRollout, settings: Pairing, drops: Counter[str]) -> bool:
-    if same_text(chosen.completion) == same_text(rejected.completion):
+def _is_sound(chosen: Read, rejected: Read, settings: Pairing, drops: Counter[str]) -> bool:
+    if chosen[1] == rejected[1]:
         drops["pair of one text"] += 1
         return False
     if _reward(chosen) - _reward(rejected) < settings.minimum_margin:
@@ -195,6 +195,6 @@ def _is_sound(chosen: ScoredRollout, rejected: ScoredRollout, settings: Pairing,
     return True
 
 
-def _reward(row: ScoredRollout) -> float:
-    assert row.reward is not None  # _usable has dropped the undecided
-    return row.reward
+def _reward(row: Read) -> float:
+    assert row[0].reward is not None  # _usable has dropped the undecided
+    return row[0].reward

@@ -5,6 +5,7 @@ Held in context variables, so that flows stay plain calls and shards in other th
 
 import contextlib
 import copy
+import gc
 import logging
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -107,6 +108,7 @@ def experiment_run(name: str, config: Mapping[str, Any], *, advance: bool = Fals
         return
     with exclusive(f"experiment-{name}", wait_seconds=0):
         open_home()
+        gc.freeze()  # what is imported stays, so no collection needs to walk it while rows come and go
         run = Run(experiment, advance=advance, marker=str(config.get("marker") or ""))
         flow = FlowRunContext.get()
         flow_run_id = str(flow.flow_run.id) if flow is not None and flow.flow_run is not None else None

@@ -3,11 +3,11 @@
 from collections import Counter
 from itertools import islice
 
-from storage.datasets import DatasetRef, read_rows, write_rows
+from storage.datasets import DatasetRef, read_columns, read_rows, write_rows
 from storage.rows import Demonstration, ScoredRollout
 from tasks import selection as rules
 from tasks.caching import log_counts, step
-from tasks.selection import Selection
+from tasks.selection import Scored, Selection
 
 SHOWN = 3  # completions quoted when nothing could be kept
 
@@ -23,7 +23,8 @@ def select_demonstrations(scored: DatasetRef, selection: Selection, iteration: i
     Raises:
         NothingKept: there is nothing to train on; counts the reasons and quotes the first completions.
     """
-    selected = rules.select_demonstrations(read_rows(scored, ScoredRollout), selection, iteration, marker=marker)
+    rows = map(Scored._make, read_columns(scored, ScoredRollout, Scored._fields))
+    selected = rules.select_demonstrations(rows, selection, iteration, marker=marker)
     if not selected.demonstrations:
         raise NothingKept(_nothing_kept(scored))
     log_counts({**selected.counts, **+selected.drops})
