@@ -7,6 +7,7 @@ Messages come in on standard input and outcomes go out on what was standard outp
 and reports what has finished.
 """
 
+import contextlib
 import json
 import logging
 import os
@@ -164,6 +165,7 @@ class _Server:
                 stop=list(sampling.stop),
                 stop_token_ids=self._stop_tokens,
                 logprobs=0,  # of the token drawn only
+                flat_logprobs=True,  # not a dictionary a token
                 output_kind=RequestOutputKind.FINAL_ONLY,
             )
             self._add(_Open(message["call"], number, cut, None), prompt, parameters)
@@ -230,7 +232,12 @@ class _Server:
         name = f"{request.call}:{request.number}"
         self._open[name] = request
         prompt = {"prompt_token_ids": tokens}
-        self._llm.llm_engine.add_request(name, prompt, parameters, lora_request=self._adapter)
+        engine = self._llm.llm_engine
+        added = engine.add_request(name, prompt, parameters, lora_request=self._adapter)
+        with contextlib.suppress(AttributeError, KeyError):  # another vLLM than ours: slower, and nothing else
+            # It would look up the text of every token it tells a log-probability of, which nobody reads: a third of
+            # the time of a small model, and there is no setting that keeps the completion's own text.
+            engine.output_processor.request_states[added].logprobs_processor.tokenizer = None
 
     def _step(self) -> None:
         """One token for every running request; what has finished is reported, one line for each call."""
@@ -305,7 +312,7 @@ def main() -> None:
     threading.Thread(target=_read_inbox, args=(inbox,), daemon=True).start()
     status = 1
     try:
-        import vllm  # noqa: F401  # the long part of a start that needs no model
+        from vllm import LLM, SamplingParams  # noqa: F401  # the long part of a start that needs no model
 
         _Server(VLLM.model_validate_json(sys.argv[1]), inbox, replies).run()
         status = 0
