@@ -1,4 +1,4 @@
-"""A finished experiment run again, when there is nothing left to do: what that takes beyond the start of an interpreter.
+"""A finished experiment run again, with nothing left to do: what that takes beyond the start of an interpreter.
 
     python benchmarks/bench_cached_rerun.py [--repeats 3]
 

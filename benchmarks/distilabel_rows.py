@@ -1,6 +1,6 @@
 """distilabel's pipeline on the rows of bench_rows.py, without a model: its steps have to lie in a module of their own.
 
-    python benchmarks/distilabel_rows.py --rows 20000 --cache DIR [--use-cache] [--delay 0.001]
+    python benchmarks/distilabel_rows.py --rows 20000 --cache DIR [--use-cache] [--delay 0.001] [--batch 50]
 
 Prints JSON: CPU seconds of all its processes, wall seconds, and how many rows its sampling step was asked for.
 """
@@ -21,8 +21,6 @@ from bench_rows import MARKER, PER_PROMPT, made_up  # noqa: E402
 from distilabel.pipeline import Pipeline  # noqa: E402
 from distilabel.steps import GeneratorStep, Step, StepInput  # noqa: E402
 
-BATCH = 1_000
-
 
 class Load(GeneratorStep):  # type: ignore[misc]  # distilabel has no types
     """The prompts' rows; a row's completion comes along and is only shown by Draw."""
@@ -35,7 +33,7 @@ class Load(GeneratorStep):  # type: ignore[misc]  # distilabel has no types
             if number < offset:
                 continue
             batch.append(row)
-            if len(batch) == BATCH or number == self.rows - 1:
+            if len(batch) == self.batch_size or number == self.rows - 1:
                 yield batch, number == self.rows - 1
                 batch = []
 
@@ -94,13 +92,14 @@ def main() -> None:
     parser.add_argument("--cache", type=Path, required=True)
     parser.add_argument("--use-cache", action="store_true")
     parser.add_argument("--delay", type=float, default=0.0, help="seconds a row")
+    parser.add_argument("--batch", type=int, default=1_000, help="rows that a step gets at a time; its default is 50")
     options = parser.parse_args()
     note = options.cache / "drawn.txt"
     note.parent.mkdir(parents=True, exist_ok=True)
     started = time.perf_counter()
     with Pipeline(name="rows", cache_dir=options.cache) as pipeline:
-        draw = Draw(input_batch_size=BATCH, delay=options.delay, note=str(note))
-        Load(rows=options.rows) >> draw >> Score(input_batch_size=BATCH) >> Pair(input_batch_size=BATCH)
+        load, size = Load(rows=options.rows, batch_size=options.batch), {"input_batch_size": options.batch}
+        load >> Draw(delay=options.delay, note=str(note), **size) >> Score(**size) >> Pair(**size)
     made = pipeline.run(use_cache=options.use_cache)
     assert len(made["default"]["train"]) == options.rows
     children = resource.getrusage(resource.RUSAGE_CHILDREN)
