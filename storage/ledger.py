@@ -37,7 +37,7 @@ from storage.schemas import arrow_schema, batch_of, rows_of
 logger = logging.getLogger(__name__)
 
 READ_ROWS = 20_000  # rows that `read` holds at one time, give or take one prompt's
-FAR_BEHIND = 8  # parts' worth of rows that may wait for the disk before those who add more wait too
+FAR_BEHIND = 2  # parts' worth of rows that may wait for the disk before those who add more wait too
 _KEY_COLUMNS = ["prompt_id", "rollout_index"]
 _REDRAW = "remove that file, and its rows are drawn again"
 SET_ASIDE = "-set-aside.parquet"  # how the name of a part ends whose rows stand for prompts that always fail

@@ -177,8 +177,8 @@ def test_while_one_thread_waits_for_the_disk_the_others_go_on(monkeypatch: pytes
         sync(path)
 
     monkeypatch.setattr(durable, "sync", slow)
-    with LedgerWriter(ledger, flush_rows=2, flush_seconds=60) as writer:
-        first = threading.Thread(target=lambda: [writer.add(rollout("a", index)) for index in range(2)])
+    with LedgerWriter(ledger, flush_rows=4, flush_seconds=60) as writer:
+        first = threading.Thread(target=lambda: [writer.add(rollout("a", index)) for index in range(4)])
         first.start()
         assert at_the_disk.wait(10)
         for index in range(5):  # more than a part's worth, and yet no add waits
@@ -186,9 +186,9 @@ def test_while_one_thread_waits_for_the_disk_the_others_go_on(monkeypatch: pytes
         assert ledger.present() == {}
         disk_is_done.set()
         first.join()
-        assert ledger.present() == {"a": 0b11}
+        assert ledger.present() == {"a": 0b1111}
         writer.add(rollout("b", 5))
-        assert ledger.present() == {"a": 0b11, "b": 0b111111}
+        assert ledger.present() == {"a": 0b1111, "b": 0b111111}
     assert len(parts(ledger)) == 2
 
 
