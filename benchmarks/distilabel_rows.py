@@ -26,7 +26,6 @@ class Load(GeneratorStep):  # type: ignore[misc]  # distilabel has no types
     """The prompts' rows; a row's completion comes along and is only shown by Draw."""
 
     rows: int
-    batch: int
 
     def process(self, offset: int = 0) -> Any:
         batch: list[dict[str, Any]] = []
@@ -34,7 +33,7 @@ class Load(GeneratorStep):  # type: ignore[misc]  # distilabel has no types
             if number < offset:
                 continue
             batch.append(row)
-            if len(batch) == self.batch or number == self.rows - 1:
+            if len(batch) == self.batch_size or number == self.rows - 1:
                 yield batch, number == self.rows - 1
                 batch = []
 
@@ -99,9 +98,8 @@ def main() -> None:
     note.parent.mkdir(parents=True, exist_ok=True)
     started = time.perf_counter()
     with Pipeline(name="rows", cache_dir=options.cache) as pipeline:
-        size = {"input_batch_size": options.batch}
-        draw = Draw(delay=options.delay, note=str(note), **size)
-        Load(rows=options.rows, batch=options.batch) >> draw >> Score(**size) >> Pair(**size)
+        load, size = Load(rows=options.rows, batch_size=options.batch), {"input_batch_size": options.batch}
+        load >> Draw(delay=options.delay, note=str(note), **size) >> Score(**size) >> Pair(**size)
     made = pipeline.run(use_cache=options.use_cache)
     assert len(made["default"]["train"]) == options.rows
     children = resource.getrusage(resource.RUSAGE_CHILDREN)

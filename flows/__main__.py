@@ -36,12 +36,15 @@ from flows.presets import PresetError, known_presets
 from flows.recipes import Recipe
 from flows.server import (
     ServerError,
+    ServerInWaiting,
     announced,
     importing_prefect,
     point_prefect_at,
     private_server,
     private_worker,
     served_address,
+    server_in_waiting,
+    unwatched,
 )
 from flows.terminal import iteration_tables, published_table, yield_table
 from flows.watching import Lines
@@ -77,36 +80,15 @@ def run(
         from tasks.sandbox import isolation
 
         isolation(allow_unsandboxed=True)  # of this process, whatever the preset says; rows tell what they ran in
-    recipe = checked_recipe(preset, set_)
-    from tasks.recording import Halted, listening
-    from tasks.serving import close_engines, stop, stopping
-
-    stopping.clear()
     flags = [*(["--allow-unsandboxed"] if allow_unsandboxed else []), *(["--advance"] if advance else [])]
     again = _command(preset, set_, home_, flags)
-    plain = f"{again} --no-prefect-server"
-    go_on = plain if no_prefect_server else again
-    experiment = Experiment(recipe.config.experiment)
-    if let_pass:
-        passed = ", ".join(experiment.let_pass()) or "nothing: there is no regression on record"
-        err.print(f"Let pass: {passed}", markup=False)
-    with _interrupted_by_signals(stop), Lines(err) as lines, listening(lines):
-        try:
-            _run_flow(recipe, plainly=no_prefect_server, advance=advance)
-        except KeyboardInterrupt:
-            told = f"\nStopped. Nothing that was finished is lost; go on with:\n  {go_on}"
-            err.print(told, style="bold", markup=False)
-            raise typer.Exit(130) from None
-        except ServerError as error:
-            fail(f"{error}\nGo on without it: {plain}", 1)
-        except Halted as halted:
-            fail(f"The run halted: {halted}", 3)
-        except Exception as error:  # the one place that turns a failed run into a message and an exit code
-            logging.getLogger("ratchet").debug("the run failed", exc_info=True)
-            fail(f"The run failed: {error}\nWhat is done is kept; go on with:\n  {go_on}", 1)
-        finally:
-            stopping.set()
-            close_engines()
+    with _prefect(plainly=no_prefect_server) as prefect:
+        recipe = checked_recipe(preset, set_)
+        experiment = Experiment(recipe.config.experiment)
+        if let_pass:
+            passed = ", ".join(experiment.let_pass()) or "nothing: there is no regression on record"
+            err.print(f"Let pass: {passed}", markup=False)
+        _run_to_an_end(recipe, prefect, again, advance=advance)
     from tasks.tables import published_rows
     from tasks.yields import yields
 
@@ -229,19 +211,66 @@ def main() -> None:
         sys.exit(1)
 
 
-def _run_flow(recipe: Recipe, *, plainly: bool, advance: bool) -> None:
+@contextlib.contextmanager
+def _prefect(*, plainly: bool) -> Iterator[ServerInWaiting | str | None]:
+    """What is to record a run: the API of a server that is up already, which is the user's or that of `ratchet ui` over
+    this home; else a private server, which gets ready inside, while the preset is read and checked."""
     if plainly:
+        yield None
+    elif given := os.environ.get("PREFECT_API_URL"):
+        yield given
+    elif address := served_address():
+        yield f"{address}/api"
+    else:
+        with server_in_waiting() as server:
+            yield server
+
+
+def _run_to_an_end(recipe: Recipe, prefect: ServerInWaiting | str | None, again: str, *, advance: bool) -> None:
+    """Run the flow and show it; one that does not finish ends the command.
+
+    Args:
+        again: the command line that goes on with the run.
+    """
+    from tasks.recording import Halted, listening
+    from tasks.serving import close_engines, stop, stopping
+
+    stopping.clear()
+    plain = f"{again} --no-prefect-server"
+    go_on = plain if prefect is None else again
+    with _interrupted_by_signals(stop), Lines(err) as lines, listening(lines):
+        try:
+            _run_flow(recipe, prefect, advance=advance)
+        except KeyboardInterrupt:
+            told = f"\nStopped. Nothing that was finished is lost; go on with:\n  {go_on}"
+            err.print(told, style="bold", markup=False)
+            raise typer.Exit(130) from None
+        except ServerError as error:
+            fail(f"{error}\nGo on without it: {plain}", 1)
+        except Halted as halted:
+            fail(f"The run halted: {halted}", 3)
+        except Exception as error:  # the one place that turns a failed run into a message and an exit code
+            logging.getLogger("ratchet").debug("the run failed", exc_info=True)
+            fail(f"The run failed: {error}\nWhat is done is kept; go on with:\n  {go_on}", 1)
+        finally:
+            stopping.set()
+            close_engines()
+
+
+def _run_flow(recipe: Recipe, prefect: ServerInWaiting | str | None, *, advance: bool) -> None:
+    if prefect is None:
         err.print("Running without a Prefect server: there is no UI to watch, the results are the same.")
         recipe.flow.fn(recipe.config, advance=advance)
         return
     from tasks.observing import settle, settle_dead_runs
 
-    if given := _given_server():
-        err.print(f"Prefect: {given}")
+    if isinstance(prefect, str):
+        err.print(f"Prefect: {prefect}")
+        point_prefect_at(prefect)
         settle_dead_runs(recipe.config.experiment, by_name=False)
         recipe.flow(recipe.config, advance=advance)
         return
-    with private_server() as address:
+    with prefect.serving() as address, unwatched():
         err.print(f"Prefect UI: {address}")
         settle_dead_runs(recipe.config.experiment, by_name=True)
         started = datetime.now(UTC)
@@ -249,13 +278,6 @@ def _run_flow(recipe: Recipe, *, plainly: bool, advance: bool) -> None:
             recipe.flow(recipe.config, advance=advance)
         finally:
             settle(started)
-
-
-def _given_server() -> str | None:
-    """The API of a server that is up already: the user's, or the one of `ratchet ui` over this home."""
-    if "PREFECT_API_URL" not in os.environ and (address := served_address()):
-        point_prefect_at(f"{address}/api")
-    return os.environ.get("PREFECT_API_URL")
 
 
 def _command(preset: Path, overrides: list[str] | None, folder: str | None, flags: list[str]) -> str:

@@ -5,10 +5,13 @@ it would otherwise spread over the user's home folder kept in ours, and without 
 """
 
 import contextlib
+import gc
+import importlib
 import logging
 import os
 import socket
 import sys
+import threading
 import time
 import urllib.error
 import urllib.request
@@ -22,6 +25,9 @@ from storage.home import home
 log = logging.getLogger("ratchet")
 
 START_SECONDS = 180.0
+POLL_SECONDS = 0.05
+# What a run imports sooner or later: by Prefect, by pyarrow at the first value it converts, for the report.
+IMPORTED_BY_RUNS = ("prefect.flow_engine", "prefect.task_engine", "fastapi.encoders", "pandas", "jinja2")
 ADDRESS = "address"  # file in the private server's folder
 HEARTBEAT_SECONDS = 30  # of a flow run; the least that Prefect takes, so that a dead one is soon noticed
 
@@ -57,6 +63,8 @@ def configure_prefect() -> None:
 def importing_prefect() -> Iterator[None]:
     """Import Prefect inside: set up as we want it, and without a word on its folder, which is made when needed."""
     configure_prefect()
+    if first := "prefect" not in sys.modules and gc.isenabled():
+        gc.disable()  # what is imported stays: looking through it for garbage takes a fifth of the time
     unseen = "pandas" not in sys.modules
     if unseen:  # Prefect would import it, which takes half a second, for cache keys of a kind that no step of ours has
         sys.modules["pandas"] = None  # type: ignore[assignment] # what Python's import system reads as "there is none"
@@ -67,6 +75,9 @@ def importing_prefect() -> Iterator[None]:
     finally:
         if unseen:
             del sys.modules["pandas"]
+        if first:
+            gc.freeze()
+            gc.enable()
 
 
 def prefect_folder() -> Path:
@@ -79,7 +90,7 @@ def served_address() -> str | None:
     try:
         address = (prefect_folder() / ADDRESS).read_text()
         urllib.request.urlopen(f"{address}/api/health", timeout=5).close()
-    except (FileNotFoundError, urllib.error.URLError, ConnectionError, TimeoutError):
+    except OSError:  # there is none, or it does not answer; that a home cannot be used is told when it is checked
         return None
     return address
 
@@ -95,6 +106,73 @@ def announced(address: str) -> Iterator[None]:
         file.unlink(missing_ok=True)
 
 
+class ServerInWaiting:
+    """A private server that has everything imported, or soon will have, and writes nothing until it is to serve.
+
+    That takes seconds, in which a preset can be read and checked.
+
+    Args:
+        port: on loopback; None: a free one.
+        registers_blocks: have it know Prefect's kinds of blocks, as its UI wants it for notifications.
+    Raises:
+        ServerError: the port is taken.
+    """
+
+    def __init__(self, port: int | None, *, registers_blocks: bool) -> None:
+        self._folder = prefect_folder()
+        port = _free_port(port)
+        self._address = f"http://127.0.0.1:{port}"
+        self._child = Child(
+            ["-m", "flows.server", "serve", str(port)],
+            environment=environment(
+                offline=True,
+                PREFECT_SERVER_API_HOST="127.0.0.1",
+                PREFECT_SERVER_API_PORT=str(port),  # the UI asks the server where the API is
+                PREFECT_SERVER_REGISTER_BLOCKS_ON_START=str(registers_blocks),
+                PREFECT_SERVER_MEMOIZE_BLOCK_AUTO_REGISTRATION=str(registers_blocks),  # else it imports all it could
+                PREFECT_API_DATABASE_CONNECTION_URL=f"sqlite+aiosqlite:///{self._folder / 'prefect.db'}",
+                PREFECT_API_URL=f"{self._address}/api",
+            ),
+            on_line=lambda line: log.debug("prefect: %s", line),
+            works=False,  # it has yet to record how a stopped run ended
+        )
+
+    @contextlib.contextmanager
+    def serving(self) -> Iterator[str]:
+        """Have it serve, point this process at it and yield its address, UI included.
+
+        Raises:
+            ServerError: it did not answer in time; the message holds its last lines.
+        """
+        self._folder.mkdir(parents=True, exist_ok=True)
+        assert self._child.process.stdin is not None
+        with contextlib.suppress(BrokenPipeError):  # it has ended, which is told below
+            self._child.process.stdin.write(b"serve\n")
+            self._child.process.stdin.flush()
+        for name in IMPORTED_BY_RUNS:  # while it starts
+            importlib.import_module(name)
+        try:
+            _wait_until_it_answers(self._child, f"{self._address}/api/health")
+            point_prefect_at(f"{self._address}/api")
+            yield self._address
+        finally:
+            point_prefect_at(None)
+
+    def end(self) -> None:
+        """End it, whether it has served or not."""
+        self._child.end(patience_seconds=2.0)
+
+
+@contextlib.contextmanager
+def server_in_waiting(port: int | None = None, *, registers_blocks: bool = False) -> Iterator[ServerInWaiting]:
+    """Have a private server get ready inside, and end it with the block."""
+    server = ServerInWaiting(port, registers_blocks=registers_blocks)
+    try:
+        yield server
+    finally:
+        server.end()
+
+
 @contextlib.contextmanager
 def private_server(port: int | None = None) -> Iterator[str]:
     """Start a server on loopback, point this process at it and yield its address, UI included.
@@ -104,29 +182,17 @@ def private_server(port: int | None = None) -> Iterator[str]:
     Raises:
         ServerError: the port is taken, or it did not answer in time; then the message holds its last lines.
     """
-    folder = prefect_folder()
-    folder.mkdir(parents=True, exist_ok=True)
-    port = _free_port(port)
-    address = f"http://127.0.0.1:{port}"
-    child = Child(
-        ["-m", "flows.server", "serve", str(port)],
-        environment=environment(
-            offline=True,
-            PREFECT_SERVER_API_HOST="127.0.0.1",
-            PREFECT_SERVER_API_PORT=str(port),  # the UI asks the server where the API is
-            PREFECT_API_DATABASE_CONNECTION_URL=f"sqlite+aiosqlite:///{folder / 'prefect.db'}",
-            PREFECT_API_URL=f"{address}/api",
-        ),
-        on_line=lambda line: log.debug("prefect: %s", line),
-        works=False,  # it has yet to record how a stopped run ended
-    )
-    try:
-        _wait_until_it_answers(child, f"{address}/api/health")
-        point_prefect_at(f"{address}/api")
+    with server_in_waiting(port, registers_blocks=True) as server, server.serving() as address:
         yield address
-    finally:
-        point_prefect_at(None)
-        child.end(patience_seconds=2.0)
+
+
+@contextlib.contextmanager
+def unwatched() -> Iterator[None]:
+    """Have flows inside send no heartbeats: their thread would hold up the end of a run by up to a second."""
+    from prefect.settings import PREFECT_FLOWS_HEARTBEAT_FREQUENCY, temporary_settings
+
+    with temporary_settings({PREFECT_FLOWS_HEARTBEAT_FREQUENCY: None}):
+        yield
 
 
 @contextlib.contextmanager
@@ -152,7 +218,7 @@ def _wait_until_it_answers(child: Child, url: str) -> None:
         with contextlib.suppress(urllib.error.URLError, ConnectionError, TimeoutError):
             urllib.request.urlopen(url, timeout=2).close()
             return
-        time.sleep(0.2)
+        time.sleep(POLL_SECONDS)
     raise ServerError(f"the private Prefect server did not answer at {url} within {START_SECONDS:.0f} s")
 
 
@@ -178,13 +244,18 @@ def _free_port(wanted: int | None) -> int:
 
 
 def _serve(port: int) -> None:
-    import uvicorn
-    from prefect.server.api.server import create_app
-
+    """Get ready, and serve when told so."""
     from models.children import watch_lifeline
 
-    watch_lifeline()
-    uvicorn.run(create_app(final=True), host="127.0.0.1", port=port, log_level="warning")
+    told = threading.Event()
+    watch_lifeline(on_word=told.set)
+    with importing_prefect():
+        import uvicorn
+        from prefect.server.api.server import create_app
+
+        app = create_app(final=True)
+    told.wait()
+    uvicorn.run(app, host="127.0.0.1", port=port, log_level="warning")
 
 
 def _work(pool: str) -> None:

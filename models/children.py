@@ -124,16 +124,17 @@ def kill_working_children() -> None:
                 os.killpg(child.process.pid, signal.SIGKILL)
 
 
-def watch_lifeline(*, with_group: bool = False) -> None:
+def watch_lifeline(*, with_group: bool = False, on_word: Callable[[], object] = lambda: None) -> None:
     """In a child that does not read its standard input otherwise: exit when that ends, because the parent is gone.
 
     Args:
         with_group: what the child has started in its process group is ended with it.
+        on_word: called, in a thread of its own, when the parent writes something.
     """
 
     def watch() -> None:
         while os.read(0, 4096):
-            pass
+            on_word()
         if with_group:
             os.killpg(0, signal.SIGKILL)
         os._exit(3)

@@ -37,6 +37,7 @@ from storage.schemas import arrow_schema, batch_of, rows_of
 logger = logging.getLogger(__name__)
 
 READ_ROWS = 20_000  # rows that `read` holds at one time, give or take one prompt's
+FAR_BEHIND = 2  # parts' worth of rows that may wait for the disk before those who add more wait too
 _KEY_COLUMNS = ["prompt_id", "rollout_index"]
 _REDRAW = "remove that file, and its rows are drawn again"
 SET_ASIDE = "-set-aside.parquet"  # how the name of a part ends whose rows stand for prompts that always fail
@@ -132,14 +133,16 @@ def look_for(key: Mapping[str, object], prompt_ids: Container[str], below: int) 
 class LedgerWriter:
     """Collects finished rows and appends them to a ledger every so often, and at the end, whatever ended it.
 
-    Threads may share one writer. A thread of its own flushes rows that wait for others that take long.
+    Threads share one writer: of what they finish at the same time one part is made, and while one of them waits for the
+    disk the others go on. A thread of its own flushes rows that wait for others that take long.
     """
 
-    def __init__(self, ledger: Ledger, *, flush_rows: int = 500, flush_seconds: float = 5.0) -> None:
+    def __init__(self, ledger: Ledger, *, flush_rows: int = 250, flush_seconds: float = 1.0) -> None:
         self._ledger = ledger
         self._flush_rows, self._flush_seconds = flush_rows, flush_seconds
         self._rows: list[Rollout] = []
-        self._lock = threading.Lock()
+        self._lock = threading.Lock()  # over _rows
+        self._flushing = threading.Lock()
         self._closing = threading.Event()
         self._timer = threading.Thread(target=self._flush_now_and_then, name="ledger-writer", daemon=True)
 
@@ -152,7 +155,12 @@ class LedgerWriter:
     ) -> None:
         self._closing.set()
         self._timer.join()
-        self.flush()
+        try:
+            self.flush()
+        except OSError as failure:
+            if error is None:
+                raise
+            logger.warning("%d finished rollouts could not be stored: %s", len(self._rows), failure)
         if error is None:
             self._ledger.push_unpushed()
 
@@ -160,17 +168,28 @@ class LedgerWriter:
         """Take a finished row; it is on the disk after the next flush."""
         with self._lock:
             self._rows.append(row)
-            if len(self._rows) >= self._flush_rows:
+            waiting = len(self._rows)
+        # Where another thread is flushing, this one goes on, unless the disk falls far behind.
+        if waiting >= self._flush_rows and self._flushing.acquire(blocking=waiting >= FAR_BEHIND * self._flush_rows):
+            try:
                 self._append()
+            finally:
+                self._flushing.release()
 
     def flush(self) -> None:
         """Put on the disk what is not there yet."""
-        with self._lock:
+        with self._flushing:
             self._append()
 
     def _append(self) -> None:
-        self._ledger.append(self._rows)
-        self._rows = []  # only now: rows that could not be written are tried again
+        with self._lock:
+            rows, self._rows = self._rows, []
+        try:
+            self._ledger.append(rows)
+        except BaseException:  # they are tried again
+            with self._lock:
+                self._rows = rows + self._rows
+            raise
 
     def _flush_now_and_then(self) -> None:
         while not self._closing.wait(self._flush_seconds):

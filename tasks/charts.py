@@ -160,12 +160,23 @@ def _drawn(points: Sequence[ReportedTraining]) -> tuple[list[int], list[float]]:
     return [row.optimizer_step for row in few], [row.value for row in few]
 
 
+class Dear(NamedTuple):
+    """What a figure of costs shows of one kind of step."""
+
+    step: str
+    seconds: float
+    on_engine: bool  # an engine or a training was at work
+
+
+def dearest(rows: Sequence[ReportedCost]) -> list[Dear]:
+    """The steps that cost most."""
+    return [Dear(row.step, row.seconds, bool(row.engine_seconds)) for row in rows[:DEAREST] if row.seconds >= 0.001]
+
+
 def cost_chart(rows: Sequence[ReportedCost]) -> Iterator[Chart]:
     """Where the time went."""
     bars = [
-        _Bar(row.step, row.seconds, f"{row.seconds:,.1f} s", series_colour(1 if row.engine_seconds else 0))
-        for row in rows[:DEAREST]
-        if row.seconds >= 0.001
+        _Bar(one.step, one.seconds, f"{one.seconds:,.1f} s", series_colour(int(one.on_engine))) for one in dearest(rows)
     ]
     if bars:
         told = "Seconds by step over all runs; in the second colour, an engine or a training was at work"

@@ -45,6 +45,7 @@ class Job:
     sampling: Sampling
     engine: EngineSettings
     ledger: Ledger
+    writer: LedgerWriter  # into the ledger, of all shards
     meter: "Meter"
     wanted: dict[str, int]  # prompt_id -> mask of rollout indexes, in the ledger or not
 
@@ -132,7 +133,7 @@ class Shard:
 
 
 def draw(job: Job, shard: Shard) -> Iterator[Rollout]:
-    """Draw what a shard misses; each rollout is on its way to the ledger when it is yielded."""
+    """Draw what a shard misses; each rollout is on its way to the ledger when it is yielded, and all are in the end."""
     prompts = {row.prompt_id: row for row in shard.prompts}
     requests = [
         request_for(job, prompts[prompt_id], index)
@@ -144,14 +145,17 @@ def draw(job: Job, shard: Shard) -> Iterator[Rollout]:
         return
     seeds = {request.key: request.seed for request in requests}
     engine = serve(job.policy, job.engine)
-    with LedgerWriter(job.ledger) as writer:
+    try:
         for completion in engine.sample(requests, job.sampling):
             rollout = _rollout(completion, prompts, seeds[completion.key], job.policy)
-            writer.add(rollout)
+            job.writer.add(rollout)
             matches = _matches(rollout, prompts[rollout.prompt_id])
             job.meter.add(tokens=completion.completion_tokens, shard=shard.number, matches=matches)
             yield rollout
             raise_if_stopping()
+    finally:
+        job.writer.flush()
+    job.ledger.push_unpushed()
 
 
 def missing(job: Job, wanted: dict[str, int]) -> dict[str, int]:

@@ -3,11 +3,12 @@
 experiments/<name>/report.html          one page that loads nothing, for any screen, light or dark
 experiments/<name>/report.json          what `ratchet status --json` says, and all tables of the report
 experiments/<name>/report/<table>.parquet   the tables, typed as storage/report_rows.py says
+experiments/<name>/report/charts.json   the page's charts, for the next page
 """
 
 import json
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +17,12 @@ import yaml
 from storage.committing import put_file
 from storage.experiments import Experiment, IterationRecord
 from storage.report_rows import TABLES, ReportedOrigin, parquet_of, plain
-from tasks import charts
 from tasks.assembling import Report, assemble
 from tasks.costs import calls
-from tasks.figures import Chart
 from tasks.notices import notices, summary
 from tasks.observing import publish_markdown
 from tasks.planning import current_plan
+from tasks.redrawing import charts_of
 from tasks.tables import calibration_table, held_out_losses, pair_table
 from tasks.yields import yields
 
@@ -38,7 +38,7 @@ def write_report(experiment: Experiment) -> Path:
         put_file(experiment.folder / "report" / f"{name}.parquet", parquet_of(rows, TABLES[name]), replace=True)
     put_file(experiment.folder / "report.json", json.dumps(told(experiment, report), indent=1), replace=True)
     html = experiment.folder / "report.html"
-    put_file(html, render(report), replace=True)
+    put_file(html, render(report, experiment.folder / "report"), replace=True)
     return html
 
 
@@ -95,8 +95,12 @@ def told(experiment: Experiment, report: Report) -> dict[str, Any]:
     }
 
 
-def render(report: Report) -> str:
-    """The report as one self-contained HTML page."""
+def render(report: Report, folder: Path | None = None) -> str:
+    """The report as one self-contained HTML page.
+
+    Args:
+        folder: where charts are kept from one drawing to the next.
+    """
     from jinja2 import Environment
 
     environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
@@ -114,7 +118,7 @@ def render(report: Report) -> str:
         summary=list(summary(report.iterations)),
         notices=list(notices(report.state, report.iterations, report.tables, report.gaps)),
         strategies=list(dict.fromkeys(one for record in report.iterations for one in record.metrics)),
-        charts=_charts(report.tables),
+        charts=charts_of(report.tables, folder),
         yields=yields(report.config, [record for record in report.steps if record.run == report.state.run]),
         calibrations=[(record.label, table) for record in report.iterations if (table := calibration_table(record))],
         held_out_losses=list(held_out_losses(report.iterations)),
@@ -149,18 +153,6 @@ def duration(seconds: float) -> str:
     return (
         f"{round(seconds) // 60} min {round(seconds) % 60} s" if hours < 1 else f"{minutes // 60} h {minutes % 60} min"
     )
-
-
-def _charts(tables: Mapping[str, Any]) -> dict[str, list[Chart]]:
-    return {
-        "accuracy": list(charts.accuracy_chart(tables["metrics"])),
-        "pass": list(charts.pass_chart(tables["pass_at_k"])),
-        "gate": list(charts.gate_chart(tables["decisions"])),
-        "funnel": list(charts.funnel_charts(tables["funnel"])),
-        "rollouts": list(charts.drift_charts(tables["rollouts"])),
-        "training": list(charts.training_charts(tables["training"])),
-        "cost": list(charts.cost_chart(tables["costs"])),
-    }
 
 
 def _kept_apart(report: Report) -> dict[str, int]:

@@ -18,7 +18,7 @@ from prefect.task_runners import TaskRunner, ThreadPoolTaskRunner
 from models.engine import EngineError
 from models.specs import EngineSettings, ModelRef, PromptTemplate, Sampling
 from storage.datasets import DatasetRef, read_rows, write_rows
-from storage.ledger import DamagedPart, Ledger
+from storage.ledger import DamagedPart, Ledger, LedgerWriter
 from storage.rows import Prompt, Rollout
 from tasks.caching import Outcome, log_counts, start_task, step
 from tasks.drawing import Job, Meter, Shard, ShardsFailed, Tally, all_wanted, draw, missing, tell_failed
@@ -140,16 +140,18 @@ class Drawing:
             shard.number: sum((new[one] & ~mask).bit_count() for one, mask in shard.wanted.items()) for shard in shards
         }
         self._meter.expect({shard.number: Tally(reused[shard.number], shard.rows) for shard in shards})
-        job = Job(
-            policy=policy,
-            template=template,
-            sampling=sampling,
-            engine=engine,
-            ledger=self.ledger,
-            meter=self._meter,
-            wanted=wanted,
-        )
-        self._set_aside |= self._run(job, shards, reads)
+        with LedgerWriter(self.ledger) as writer:
+            job = Job(
+                policy=policy,
+                template=template,
+                sampling=sampling,
+                engine=engine,
+                ledger=self.ledger,
+                writer=writer,
+                meter=self._meter,
+                wanted=wanted,
+            )
+            self._set_aside |= self._run(job, shards, reads)
 
     def record(self) -> None:
         """Announce what was drawn in all."""

@@ -21,12 +21,13 @@ def drawn_for_training(place: Place) -> list[tuple[str, int]]:
 
 def test_a_killed_run_goes_on_with_twice_the_shards(driver: Driver, tmp_path: Path, unbroken: dict[str, Any]) -> None:
     place = Place(tmp_path)
-    # Parts 1 to 8 are of the evaluation's two passes (16 rows each); 64 training rows make 12 or more.
-    killed = driver.run(place, kill=Kill("after", "rename", "ledger/*/part-*", 8 + 8))
+    # Parts 1 to 8 are of the evaluation's two passes (16 rows each); of the 64 training rows, a part holds about five,
+    # and up to 13 where shards finished more while the disk was busy.
+    killed = driver.run(place, kill=Kill("after", "rename", "ledger/*/part-*", 8 + 4))
     assert killed.status == KILLED
     safe = in_ledger(place.home)
     kept = sum(row[:3] == (POLICY, TEMPERATURE, SEED) for row in safe)
-    assert 0.4 * 64 <= kept <= 0.8 * 64
+    assert 4 <= kept <= 4 * 13
     again = driver.run(place, "--set", "sampling.prompts_per_shard=2")
     assert again.status == 0, again.output
     assert len(drawn_for_training(place)) == PROMPTS * ROLLOUTS - kept

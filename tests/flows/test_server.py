@@ -1,15 +1,27 @@
 """The private Prefect server: on loopback, quiet, and gone with whoever started it."""
 
 import os
+import time
 import uuid
 from pathlib import Path
 
 import httpx
 import pytest
+from prefect.settings import get_current_settings
+from typer.testing import CliRunner
 
 import flows.server
-from flows.server import ServerError, announced, configure_prefect, private_server, served_address
-from tests.flows.builders import MARK, processes_marked
+from flows.__main__ import app
+from flows.server import (
+    ServerError,
+    announced,
+    configure_prefect,
+    private_server,
+    served_address,
+    server_in_waiting,
+    unwatched,
+)
+from tests.flows.builders import MARK, SMOKE, processes_marked
 
 pytestmark = pytest.mark.flow
 
@@ -71,3 +83,33 @@ def test_a_server_that_cannot_start_is_told_with_its_last_lines(
     told = r"the private Prefect server ended with \d+:\n(?s:.*)unable to open database"
     with pytest.raises(ServerError, match=told), private_server():
         pass
+
+
+def test_a_server_in_waiting_writes_nothing_and_ends_with_its_block(
+    ratchet_home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mark = uuid.uuid4().hex
+    monkeypatch.setenv(MARK, mark)
+    with server_in_waiting():
+        assert len(processes_marked(mark)) == 1
+        time.sleep(1)  # it is importing
+    assert processes_marked(mark) == []
+    assert not ratchet_home.exists()
+
+
+def test_a_faulty_preset_ends_the_server_that_was_getting_ready_and_writes_nothing(
+    ratchet_home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mark = uuid.uuid4().hex
+    monkeypatch.setenv(MARK, mark)
+    done = CliRunner().invoke(app, ["run", str(SMOKE), "--set", "iterations=0"])
+    assert done.exit_code == 2
+    assert processes_marked(mark) == []
+    assert not ratchet_home.exists()
+
+
+def test_no_heartbeats_are_sent_to_a_server_that_ends_with_the_run() -> None:
+    before = get_current_settings().flows.heartbeat_frequency
+    with unwatched():
+        assert get_current_settings().flows.heartbeat_frequency is None
+    assert get_current_settings().flows.heartbeat_frequency == before

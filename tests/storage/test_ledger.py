@@ -5,8 +5,11 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 import time
+from collections import Counter
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pyarrow.parquet as pq
@@ -162,6 +165,52 @@ def test_rows_that_could_not_be_stored_are_kept_for_the_next_flush(monkeypatch: 
                 writer.add(rollout("a", 0))
         assert [path.name for path in ledger.folder.iterdir()] == ["key.json"]
     assert ledger.present() == {"a": 1}
+
+
+def test_while_one_thread_waits_for_the_disk_the_others_go_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    ledger, at_the_disk, disk_is_done = Ledger(KEY), threading.Event(), threading.Event()
+    sync = durable.sync
+
+    def slow(path: Path) -> None:
+        at_the_disk.set()
+        assert disk_is_done.wait(10)
+        sync(path)
+
+    monkeypatch.setattr(durable, "sync", slow)
+    with LedgerWriter(ledger, flush_rows=4, flush_seconds=60) as writer:
+        first = threading.Thread(target=lambda: [writer.add(rollout("a", index)) for index in range(4)])
+        first.start()
+        assert at_the_disk.wait(10)
+        for index in range(5):  # more than a part's worth, and yet no add waits
+            writer.add(rollout("b", index))
+        assert ledger.present() == {}
+        disk_is_done.set()
+        first.join()
+        assert ledger.present() == {"a": 0b1111}
+        writer.add(rollout("b", 5))
+        assert ledger.present() == {"a": 0b1111, "b": 0b111111}
+    assert len(parts(ledger)) == 2
+
+
+def test_rows_of_many_threads_are_stored_once_each() -> None:
+    ledger = Ledger(KEY)
+    with LedgerWriter(ledger, flush_rows=7, flush_seconds=0.001) as writer, ThreadPoolExecutor(8) as pool:
+        for shard in "abcdefgh":
+            pool.submit(lambda shard=shard: [writer.add(rollout(shard, index)) for index in range(50)])
+    rows = [row for part in parts(ledger) for row in pq.read_table(part).to_pylist()]
+    stored = Counter((row["prompt_id"], row["rollout_index"]) for row in rows)
+    assert stored == {(shard, index): 1 for shard in "abcdefgh" for index in range(50)}
+
+
+def test_an_error_is_not_hidden_by_rows_that_the_disk_does_not_take(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    writer = LedgerWriter(Ledger(KEY), flush_seconds=60)
+    with pytest.raises(KeyError), writer:
+        writer.add(rollout("a", 0))
+        monkeypatch.setattr(durable, "sync", lambda path: (_ for _ in ()).throw(OSError("disk full")))
+        raise KeyError("what went wrong")
+    assert "1 finished rollouts could not be stored: disk full" in caplog.text
 
 
 def test_a_process_killed_while_sampling_loses_only_rows_in_flight() -> None:
