@@ -24,7 +24,6 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 from tables import REPOSITORY, show
@@ -69,7 +68,7 @@ def main() -> None:
                 rows = _padding_rows(told) if what == "padding" else _rows(told)
                 about = (
                     f"{len(lengths)} rows of {sum(lengths) / len(lengths):.0f} tokens, {max(lengths)} at most; "
-                    f"{options.threads} threads, {options.rounds} rounds"
+                    f"{options.threads} threads, best of {options.rounds} rounds"
                 )
                 show(title, rows, *(_said(side, told[side]) for side in told), about)
 
@@ -232,13 +231,18 @@ def _padding_rows(told: dict[str, list[Told]]) -> list[tuple[str, str]]:
 
 
 def _ratio(told: dict[str, list[Told]], one: str, other: str, of: Callable[[Told], float]) -> str:
-    """The median of the rounds' ratios, and the least and the most."""
+    """Best round to best round, and the least and the most of the rounds' ratios."""
     ratios = sorted(of(a) / of(b) for a, b in zip(told[one], told[other], strict=True))
-    return f"{median(ratios):.2f} ({ratios[0]:.2f} to {ratios[-1]:.2f})"
+    return f"{_best(of, told[one]) / _best(of, told[other]):.2f} ({ratios[0]:.2f} to {ratios[-1]:.2f})"
+
+
+def _best(of: Callable[[Told], float], told: Sequence[Told]) -> float:
+    """Others' work on the machine only ever makes a round slower."""
+    return (max if of is _speed else min)(map(of, told))
 
 
 def _said(side: str, told: Sequence[Told]) -> str:
-    speed, around, whole = (median(map(of, told)) for of in (_speed, _around, _whole))
+    speed, around, whole = (_best(of, told) for of in (_speed, _around, _whole))
     memory = ", ".join(f"{name} {max(one[name] for one in told):,.0f}" for name in told[0] if name.endswith("MiB"))
     loss = f"loss {told[0]['loss']:.4f}"
     return f"{side}: {speed:,.0f} tokens/s, {whole:.1f} s, of them {around:.1f} not of training; {loss}, {memory}"

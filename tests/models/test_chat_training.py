@@ -101,22 +101,23 @@ def test_packed_rows_cost_what_they_cost_apart(start: Path, tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize(
-    ("attention", "asked", "per_device", "accumulation"),
+    ("attention", "settings", "per_device", "accumulation"),
     [
-        pytest.param("sdpa", None, 1, 4, id="one by one where attention works out squares"),
-        pytest.param("sdpa", 2, 2, 2, id="as many as are asked for"),
-        pytest.param("flash_attention_2", None, 4, 1, id="all at once where attention skips other rows"),
+        pytest.param("sdpa", {}, 1, 4, id="one by one where attention works out squares"),
+        pytest.param("sdpa", {"per_device_batch_size": 2}, 2, 2, id="as many as are asked for"),
+        pytest.param("sdpa", {"embedding_noise": 5.0}, 4, 1, id="all at once where that would change the noise"),
+        pytest.param("flash_attention_2", {}, 4, 1, id="all at once where attention skips other rows"),
     ],
 )
-def test_packed_sequences_are_taken_one_by_one_unless_that_saves_nothing(
-    start: Path, attention: str, asked: int | None, per_device: int, accumulation: int
+def test_packed_sequences_are_taken_one_by_one_where_that_is_faster_and_the_same(
+    start: Path, attention: str, settings: dict[str, Any], per_device: int, accumulation: int
 ) -> None:
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(start)
     model.config._attn_implementation_internal = attention  # flash attention itself wants a GPU
-    settings = SFT(packing=True, global_batch_size=4, per_device_batch_size=asked)
-    batching = split_batch(one_at_a_time(settings, model), rows=40, devices=1)
+    chosen = one_at_a_time(SFT(packing=True, global_batch_size=4, **settings), model)
+    batching = split_batch(chosen, rows=40, devices=1)
     assert (batching.per_device, batching.accumulation) == (per_device, accumulation)
 
 
