@@ -1,6 +1,6 @@
 """Tokens per second of training, and seconds of a whole step, through ours and through a bare TRL script.
 
-    python benchmarks/bench_training.py [--what sft,dpo,padding] [--hidden 64,256] [--rounds 3] [--model FOLDER]
+    python benchmarks/bench_training.py [--what sft,dpo,padding] [--hidden 64,256] [--rounds 2] [--model FOLDER]
 
 Same rows (GSM8K's solutions where RATCHET_DATA holds them, else made-up problems), model, batches, optimizer, schedule
 and threads; the sides in turn, each in a process of its own. The script is bare_training.py, once as one writes it and
@@ -46,9 +46,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--what", default="sft,dpo,padding")
     parser.add_argument("--hidden", default="64,256")
-    parser.add_argument("--rows", type=int, default=320)
+    parser.add_argument("--rows", type=int, default=160)
     parser.add_argument("--epochs", type=int, default=1)
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--model", type=Path)
     parser.add_argument("--step", type=json.loads, help=argparse.SUPPRESS)
