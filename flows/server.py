@@ -145,10 +145,7 @@ class ServerInWaiting:
             ServerError: it did not answer in time; the message holds its last lines.
         """
         self._folder.mkdir(parents=True, exist_ok=True)
-        assert self._child.process.stdin is not None
-        with contextlib.suppress(BrokenPipeError):  # it has ended, which is told below
-            self._child.process.stdin.write(b"serve\n")
-            self._child.process.stdin.flush()
+        self._child.hand_over("serve")  # if it has ended, that is told below
         for name in IMPORTED_BY_RUNS:  # while it starts
             importlib.import_module(name)
         try:
@@ -248,7 +245,7 @@ def _serve(port: int) -> None:
     from models.children import watch_lifeline
 
     told = threading.Event()
-    watch_lifeline(on_word=told.set)
+    watch_lifeline(on_text=lambda _: told.set())
     with importing_prefect():
         import uvicorn
         from prefect.server.api.server import create_app

@@ -79,6 +79,22 @@ class Child:
         self._reader = threading.Thread(target=copy_context().run, args=(self._read_lines, lines), daemon=True)
         self._reader.start()
 
+    def hand_over(self, text: str, on_line: Callable[[str], None] | None = None) -> bool:
+        """Tell a child that waits for it this; False: it is there no more.
+
+        Args:
+            text: less than 4,096 bytes, which a pipe passes on in one piece.
+            on_line: hears the child from now on.
+        """
+        self._on_line = on_line or self._on_line
+        assert self.process.stdin is not None
+        try:
+            self.process.stdin.write(text.encode())
+            self.process.stdin.flush()
+        except BrokenPipeError:
+            return False
+        return self.process.poll() is None
+
     def wait(self) -> int:
         """The child's exit status, once it has ended and its output is read."""
         status = self.process.wait()
@@ -124,17 +140,17 @@ def kill_working_children() -> None:
                 os.killpg(child.process.pid, signal.SIGKILL)
 
 
-def watch_lifeline(*, with_group: bool = False, on_word: Callable[[], object] = lambda: None) -> None:
+def watch_lifeline(*, with_group: bool = False, on_text: Callable[[str], None] = lambda text: None) -> None:
     """In a child that does not read its standard input otherwise: exit when that ends, because the parent is gone.
 
     Args:
         with_group: what the child has started in its process group is ended with it.
-        on_word: called, in a thread of its own, when the parent writes something.
+        on_text: called, in another thread, with what the parent hands over.
     """
 
     def watch() -> None:
-        while os.read(0, 4096):
-            on_word()
+        while told := os.read(0, 4096):
+            on_text(told.decode())
         if with_group:
             os.killpg(0, signal.SIGKILL)
         os._exit(3)

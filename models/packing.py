@@ -2,12 +2,29 @@
 
 from typing import Any
 
+from models.specs import SFT
+
+SQUARES = ("sdpa", "eager")  # attention that works out every pair of tokens, and then masks those of two rows
+
 
 def pack(rows: Any, max_length: int) -> Any:  # datasets.Dataset
     """The rows put together to sequences of at most `max_length` tokens, none cut (best fit decreasing)."""
     from trl.data_utils import pack_dataset
 
     return pack_dataset(rows, max_length, strategy="bfd")
+
+
+def one_at_a_time(settings: SFT, model: Any) -> SFT:
+    """The settings, taking packed sequences one by one unless they say otherwise or attention skips other rows.
+
+    TRL lays all sequences of a batch end to end. What that costs grows with the square of their number where attention
+    works out whole squares: with eight of 384 tokens, a CPU trained half as fast (benchmarks/bench_training.py). Noise
+    on the embeddings keeps its batches, for it is scaled by the length of what goes through at once.
+    """
+    chosen = settings.per_device_batch_size is not None or settings.embedding_noise is not None
+    if chosen or model.config._attn_implementation not in SQUARES:
+        return settings
+    return settings.model_copy(update={"per_device_batch_size": 1})
 
 
 def check_walls(model: Any) -> None:

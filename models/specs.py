@@ -260,7 +260,7 @@ class Optimization(Settings):
 
     learning_rate: float = Field(gt=0)
     global_batch_size: int = Field(ge=1)  # rows per optimizer step, over all devices
-    per_device_batch_size: int | None = Field(default=None, ge=1)  # None: as much of the global batch as fits
+    per_device_batch_size: int | None = Field(default=None, ge=1)  # None: a whole batch, but packed on a CPU 1
     epochs: float = Field(default=1.0, gt=0)
     max_steps: int | None = Field(default=None, ge=1)  # optimizer steps; wins over epochs
     schedule: Schedule = "cosine"

@@ -28,7 +28,7 @@ from models.chat_tokens import add_to_tokenizer, fit_model, train_embeddings
 from models.engine import Message
 from models.jobs import Job, PolicyJob, PreferenceJob, SFTJob, TrainingOutcome
 from models.noise import is_noisy, noisy_reference
-from models.packing import check_walls, pack
+from models.packing import check_walls, one_at_a_time, pack
 from models.specs import Optimization
 from models.training_callbacks import WHOLE, last_whole_checkpoint, recorder, sealer
 from models.training_rows import read_chats, read_columns, read_sides
@@ -70,7 +70,7 @@ def fit_sft(job: SFTJob) -> TrainingOutcome:
         train_embeddings(adapter, model, new_tokens)
     if settings.packing:
         check_walls(model)
-        dataset = pack(dataset, settings.max_length)
+        dataset, settings = pack(dataset, settings.max_length), one_at_a_time(settings, model)
     trainer = SFTTrainer(
         model=model,
         args=SFTConfig(

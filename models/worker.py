@@ -1,6 +1,8 @@
-"""Training in a child process: `run_job` in the parent, `python -m models.worker JOB.json OUTCOME.json` in the child.
+"""Training in a child process: `run_job` in the parent, `python -m models.worker FOLDER` in the child.
 
-The child ends when the training does, so that its memory, the accelerator's included, is free again.
+The child ends when the training does, so that its memory, the accelerator's included, is free again. What it imports
+takes longer than a small training, so the child of the next one may be started ahead (`get_ready`): it imports, and
+waits for its folder on standard input.
 """
 
 import contextlib
@@ -10,12 +12,13 @@ import logging
 import os
 import shutil
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from tempfile import gettempdir, mkdtemp
-from typing import Any
+from queue import SimpleQueue
+from typing import Any, NamedTuple
 
 from pydantic import TypeAdapter
 
@@ -24,8 +27,24 @@ from models.jobs import PreferenceJob, SFTJob, TinyJob, TrainingJob, TrainingOut
 from models.specs import Optimization
 
 TEMPORARY = "ratchet-training-"
+JOB, OUTCOME = "job.json", "outcome.json"
 KILLED = (-9, 137)  # what the kernel's out-of-memory killer leaves behind
 ADVICE = "lower per_device_batch_size or max_length; as it is, it would fail again"
+
+
+class _Surroundings(NamedTuple):
+    """What a process gets at its start and cannot change later."""
+
+    folder: Path
+    environment: dict[str, str]
+
+
+class _Waiting(NamedTuple):
+    surroundings: _Surroundings
+    child: Child
+
+
+_waiting: list[_Waiting] = []  # one at most
 
 
 class TrainingError(RuntimeError):
@@ -46,24 +65,44 @@ def run_job(job: SFTJob | PreferenceJob | TinyJob, on_line: Callable[[str], None
         TrainingError: the child failed otherwise.
     """
     with _temporary_folder() as name:
-        job_file, outcome_file = Path(name) / "job.json", Path(name) / "outcome.json"
-        job_file.write_text(job.model_dump_json())
-        arguments = [*_launcher(_optimization(job)), "-m", "models.worker", str(job_file), str(outcome_file)]
-        child = Child(arguments, environment=_environment(job, name), on_line=on_line)
+        folder = Path(name)
+        (folder / JOB).write_text(job.model_dump_json())
+        child = _child(job, folder, on_line)
         try:
             status = child.wait()
         finally:
             child.end()
-        return _read_outcome(job, outcome_file, status, child.tail())
+        return _read_outcome(job, folder / OUTCOME, status, child.tail())
+
+
+def get_ready(job: SFTJob | PreferenceJob | TinyJob) -> None:
+    """Start the child of the next training, expecting it to be like this one; another one ends it and starts its own.
+
+    While it waits it takes half a gigabyte of memory, and nothing of an accelerator that it does not look at.
+    """
+    if not _waiting and not _launcher(_optimization(job)):
+        surroundings = _surroundings(job)
+        child = Child(["-m", "models.worker"], environment=surroundings.environment, on_line=lambda line: None)
+        _waiting.append(_Waiting(surroundings, child))
+
+
+def end_waiting() -> None:
+    """End the child that waits for a training, if there is one."""
+    while _waiting:
+        child = _waiting.pop().child
+        child.kill()
+        child.end()
 
 
 def main(arguments: Sequence[str]) -> int:
-    """The child: run the job in the first file, write what came of it to the second."""
-    watch_lifeline()
-    started = time.monotonic()
+    """The child: run the job in the folder, and write what came of it beside it."""
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stdout)
     logging.getLogger("models").setLevel(logging.INFO)
-    job_file, outcome_file = map(Path, arguments)
+    handed_over = SimpleQueue[str]()
+    watch_lifeline(on_text=handed_over.put)
+    folder = Path(arguments[0]) if arguments else _wait_for(handed_over)
+    started = time.monotonic()
+    job_file, outcome_file = folder / JOB, folder / OUTCOME
     job = TypeAdapter[SFTJob | PreferenceJob | TinyJob](TrainingJob).validate_json(job_file.read_text())
     try:
         outcome = _fit(job)
@@ -81,6 +120,15 @@ def main(arguments: Sequence[str]) -> int:
     return 0
 
 
+def _wait_for(folders: SimpleQueue[str]) -> Path:
+    """The folder of a training; what trainings import is imported before."""
+    from trl import DPOTrainer, SFTTrainer  # noqa: F401 # to have them
+
+    folder = folders.get()
+    os.environ["TMPDIR"] = tempfile.tempdir = folder
+    return Path(folder)
+
+
 def _fit(job: SFTJob | PreferenceJob | TinyJob) -> TrainingOutcome:
     from models.tiny import build_tiny
     from models.trainers import fit_preferences, fit_sft
@@ -90,13 +138,27 @@ def _fit(job: SFTJob | PreferenceJob | TinyJob) -> TrainingOutcome:
     return fit_preferences(job) if isinstance(job, PreferenceJob) else build_tiny(job)
 
 
+def _child(job: SFTJob | PreferenceJob | TinyJob, folder: Path, on_line: Callable[[str], None]) -> Child:
+    """The one that waits, if it waits for a training like this, or a new one."""
+    launcher, surroundings = _launcher(_optimization(job)), _surroundings(job)
+    if _waiting and not launcher and _waiting[0].surroundings == surroundings:
+        child = _waiting.pop().child
+        if child.hand_over(str(folder), on_line):
+            return child
+        child.end()
+    end_waiting()
+    # datasets leaves temporary files behind in a child that is killed
+    environment = {**surroundings.environment, "TMPDIR": str(folder)}
+    return Child([*launcher, "-m", "models.worker", str(folder)], environment=environment, on_line=on_line)
+
+
 @contextmanager
 def _temporary_folder() -> Iterator[str]:
     """A folder that is ours while we live: whoever finds it unlocked may remove it, and here those are removed."""
-    for left in Path(gettempdir()).glob(f"{TEMPORARY}*"):
+    for left in Path(tempfile.gettempdir()).glob(f"{TEMPORARY}*"):
         with contextlib.suppress(OSError), _locked(left):  # another user's, or that of a training under way
             shutil.rmtree(left)
-    new = Path(mkdtemp(prefix="ratchet-"))
+    new = Path(tempfile.mkdtemp(prefix="ratchet-"))
     with _locked(new):
         folder = new.rename(new.with_name(f"{TEMPORARY}{new.name}"))  # locked when others see it
         try:
@@ -146,13 +208,14 @@ def _launcher(settings: Optimization) -> list[str]:
     return ["-m", "accelerate.commands.launch", "--config_file", str(file)]
 
 
-def _environment(job: SFTJob | PreferenceJob | TinyJob, scratch: str) -> dict[str, str]:
-    more = {"TQDM_DISABLE": "1", "TMPDIR": scratch}  # datasets leaves temporary files behind in a child that is killed
+def _surroundings(job: SFTJob | PreferenceJob | TinyJob) -> _Surroundings:
+    more = {"TQDM_DISABLE": "1"}
     if (threads := _optimization(job).threads) is not None:
         more["OMP_NUM_THREADS"] = str(threads)
     if "wandb" in _optimization(job).report_to:
         more["WANDB_DISABLED"] = "false"
-    return environment(offline=isinstance(job, TinyJob) or Path(job.weights).is_dir(), **more)
+    offline = isinstance(job, TinyJob) or Path(job.weights).is_dir()
+    return _Surroundings(Path.cwd(), environment(offline=offline, **more))
 
 
 def _read_outcome(job: SFTJob | PreferenceJob | TinyJob, file: Path, status: int, tail: str) -> TrainingOutcome:

@@ -7,6 +7,7 @@ from pathlib import Path
 from models.children import kill_working_children
 from models.engine import Engine, LocalModel, open_engine
 from models.specs import EngineSettings, ModelRef
+from models.worker import end_waiting
 from storage.checkpoints import checkpoint_path
 
 log = logging.getLogger("ratchet")
@@ -55,12 +56,18 @@ def local_model(ref: ModelRef) -> LocalModel:
 
 def give_back_accelerator() -> None:
     """End the engines if they hold an accelerator, so that training gets it whole; on a CPU they stay warm."""
-    if Path("/dev/nvidia0").exists() or Path("/dev/kfd").exists():
+    if has_accelerator():
         close_engines()
 
 
+def has_accelerator() -> bool:
+    """Whether this machine has a GPU, as far as its device files tell."""
+    return Path("/dev/nvidia0").exists() or Path("/dev/kfd").exists()
+
+
 def close_engines() -> None:
-    """End all engines of this process."""
+    """End all engines of this process, and the child that waits for a training."""
+    end_waiting()
     while _open:
         _, engine = _open.popitem()
         engine.close()

@@ -11,13 +11,13 @@ from models import fake_engine
 from models.jobs import PreferenceJob, SFTJob, TinyJob, TrainingOutcome
 from models.specs import SFT, ModelRef, Preference, PromptTemplate, TinyModel
 from models.training_callbacks import read_line
-from models.worker import run_job
+from models.worker import get_ready, run_job
 from storage.checkpoints import commit_checkpoint, scratch_folder
 from storage.datasets import DatasetRef, data_files, read_rows, write_rows
 from storage.rows import ChatPair, Conversation, Demonstration, Pair, TrainingMetric
 from tasks.caching import current_key, current_step, log_counts, step
 from tasks.recording import Progress, announce, current_iteration, current_split
-from tasks.serving import give_back_accelerator, local_model
+from tasks.serving import give_back_accelerator, has_accelerator, local_model
 
 log = logging.getLogger("ratchet")
 
@@ -96,6 +96,8 @@ def _trained(job: SFTJob | PreferenceJob | TinyJob, parents: Sequence[DatasetRef
     give_back_accelerator()
     context = copy_context()  # of this step, for the thread that hears the child
     outcome = run_job(job, on_line=lambda line: context.run(_hear, line))
+    if not has_accelerator():  # where trainings are short; whether a GPU's memory stays free then is not known
+        get_ready(job)
     log_counts({"trained_on": outcome.rows, **outcome.dropped, "optimizer_steps": outcome.optimizer_steps})
     digest = commit_checkpoint(
         job.output,

@@ -9,9 +9,9 @@ from pydantic import ValidationError
 
 from models.chat import load_tokenizer, render_conversation
 from models.jobs import PreferenceJob, SFTJob
-from models.packing import keeps_walls
+from models.packing import keeps_walls, one_at_a_time
 from models.specs import SFT, ChatTokens, LoRA, Preference, PromptTemplate
-from models.trainers import fit_preferences, fit_sft, sft_rows
+from models.trainers import fit_preferences, fit_sft, sft_rows, split_batch
 from models.training_rows import read_chats, read_sides
 from tests.models.tiny_fixture import save_tiny_model
 
@@ -98,6 +98,35 @@ def test_packed_rows_cost_what_they_cost_apart(start: Path, tmp_path: Path) -> N
     packed = sft_job(start, tmp_path, "packed", max_steps=1, packing=True)
     assert fit_sft(packed).rows == fit_sft(apart).rows == 16
     assert first_loss(packed) == pytest.approx(first_loss(apart), rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("attention", "settings", "per_device", "accumulation"),
+    [
+        pytest.param("sdpa", {}, 1, 4, id="one by one where attention works out squares"),
+        pytest.param("sdpa", {"per_device_batch_size": 2}, 2, 2, id="as many as are asked for"),
+        pytest.param("sdpa", {"embedding_noise": 5.0}, 4, 1, id="all at once where that would change the noise"),
+        pytest.param("flash_attention_2", {}, 4, 1, id="all at once where attention skips other rows"),
+    ],
+)
+def test_packed_sequences_are_taken_one_by_one_where_that_is_faster_and_the_same(
+    start: Path, attention: str, settings: dict[str, Any], per_device: int, accumulation: int
+) -> None:
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(start)
+    model.config._attn_implementation_internal = attention  # flash attention itself wants a GPU
+    chosen = one_at_a_time(SFT(packing=True, global_batch_size=4, **settings), model)
+    batching = split_batch(chosen, rows=40, devices=1)
+    assert (batching.per_device, batching.accumulation) == (per_device, accumulation)
+
+
+def test_packed_sequences_one_by_one_cost_what_they_cost_at_once(start: Path, tmp_path: Path) -> None:
+    chosen: dict[str, Any] = {"max_steps": 1, "packing": True, "max_length": 48, "global_batch_size": 4}
+    one_by_one = sft_job(start, tmp_path, "one-by-one", **chosen)
+    at_once = sft_job(start, tmp_path, "at-once", **chosen, per_device_batch_size=4)
+    assert fit_sft(one_by_one).tokens == fit_sft(at_once).tokens
+    assert first_loss(one_by_one) == pytest.approx(first_loss(at_once), rel=1e-5)
 
 
 def test_packing_is_refused_where_a_row_sees_the_one_before_it(

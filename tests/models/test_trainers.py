@@ -277,6 +277,41 @@ def test_an_adapter_is_the_same_in_every_process(sft_job: Callable[..., SFTJob])
 
 
 @needs_torch
+def test_a_child_that_waited_trains_what_a_new_one_trains(sft_job: Callable[..., SFTJob]) -> None:
+    lines: list[str] = []
+    worker.run_job(sft_job("a", max_steps=2), lines.append)
+    worker.get_ready(sft_job("a", max_steps=2))
+    child = worker._waiting[0].child
+    worker.run_job(sft_job("b", max_steps=2, learning_rate=1e-2), lines.append)
+    assert (child.process.returncode, worker._waiting) == (0, [])
+    assert contents(sft_job("a").output) == contents(sft_job("b").output)
+    assert len([line for line in lines if "optimizer step 2 of 2" in line]) == 2
+
+
+@pytest.mark.parametrize("how", ["other threads", "killed", "no longer wanted"])
+def test_a_child_that_waited_in_vain_is_ended_and_not_used(
+    how: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def job(threads: int) -> TinyJob:
+        tiny = TinyModel()
+        tiny = tiny.model_copy(update={"training": tiny.training.model_copy(update={"threads": threads})})
+        return TinyJob(rows=(tmp_path,), settings=tiny, output=tmp_path, checkpoints=tmp_path, metrics=tmp_path)
+
+    worker.get_ready(job(threads=1))
+    child = worker._waiting[0].child
+    if how == "no longer wanted":
+        worker.end_waiting()
+    else:
+        monkeypatch.setattr(worker, "Child", lambda *_, **named: named["environment"]["OMP_NUM_THREADS"])
+        if how == "killed":
+            child.kill()
+        threads = 1 if how == "killed" else 2
+        new: object = worker._child(job(threads), tmp_path, lambda line: None)
+        assert new == str(threads)
+    assert (child.process.returncode, worker._waiting) == (-9, [])
+
+
+@needs_torch
 def test_a_killed_training_goes_on_from_the_last_whole_checkpoint(
     sft_job: Callable[..., SFTJob], monkeypatch: pytest.MonkeyPatch
 ) -> None:
