@@ -28,7 +28,7 @@ from storage.rows import Rollout
 from storage.schemas import arrow_schema, batch_of
 
 KEY = {"policy": {"name": "benchmark"}}
-PER_PROMPT, FLUSH_ROWS = 8, 500
+PER_PROMPT, FLUSH_ROWS = 8, 250
 Measured = dict[str, float]
 
 
