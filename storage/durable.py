@@ -51,7 +51,7 @@ def remove_stale_attempts(folder: Path) -> None:
 
 def remove_all_stale_attempts(root: Path) -> None:
     """The same for a whole home, one listing a folder: what a kill left where nothing is written again."""
-    for folder in [*root.glob("*"), *root.glob("*/*"), *root.glob("experiments/*/iterations")]:
+    for folder in [*root.glob("*"), *root.glob("*/*"), *root.glob("experiments/*/*")]:
         if folder.is_dir():
             remove_stale_attempts(folder)
 

@@ -34,6 +34,8 @@ CHOSEN = {
     "after a training's step record, before its scratch is gone": Kill("after", "link", "steps/train_sft/*"),
     "during evaluation": Kill("torn", "parquet", "datasets/evaluated/*", 3),
     "while an iteration is recorded": Kill("torn", "write", "experiments/small/iterations/*", 2),
+    "while a run's record is written": Kill("before", "write", "experiments/small/runs/.attempt-*"),
+    "while a report's table is written": Kill("torn", "write", "experiments/small/report/.attempt-*"),
     "while the report is written": Kill("torn", "write", "experiments/small/.attempt-*", 3),
     "before the report's rename": Kill("before", "replace", "experiments/*/report.html"),
     "when the experiment's state is written at the end": Kill("before", "replace", "experiments/*/state.json", 2),

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from storage.durable import this_host
 from storage.experiments import Experiment, ExperimentState, IterationRecord, StepRecord, Surroundings, experiments
 
 
@@ -141,3 +142,14 @@ def test_a_run_is_noted_with_what_it_was_made_with_and_how_it_ended(begun: Exper
     assert (second.run, second.state, second.finished_at, second.surroundings) == ("run-2", "running", None, made_with)
     begun.end("finished")
     assert {record.run: record.state for record in begun.runs()} == {"run-1": "failed", "run-2": "finished"}
+
+
+@pytest.mark.parametrize("folder", ["iterations", "runs", "report"])
+def test_what_a_kill_left_unfinished_in_an_experiment_is_gone_when_a_run_begins(begun: Experiment, folder: str) -> None:
+    dead = subprocess.Popen([sys.executable, "-c", ""])
+    dead.wait()
+    left = begun.folder / folder / f".attempt-{this_host()}-{dead.pid}-00000000"
+    left.parent.mkdir(exist_ok=True)
+    left.write_text("half")
+    begun.begin("run-2", {"recipe": "rest_em"})
+    assert not left.exists()
