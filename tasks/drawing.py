@@ -11,7 +11,8 @@ from models.engine import Completion, Request
 from models.specs import EngineSettings, ModelRef, PromptTemplate, Sampling
 from storage.ledger import Ledger, LedgerWriter
 from storage.rows import Prompt, Rollout
-from tasks.answers import score_by_answer
+from tasks.answers import verdict_on
+from tasks.metrics import is_correct
 from tasks.recording import Progress, ShardProgress, announce, current_iteration, current_run, current_split
 from tasks.serving import raise_if_stopping, serve
 
@@ -209,7 +210,7 @@ def _matches(rollout: Rollout, prompt: Prompt) -> bool | None:
     run = current_run()
     if prompt.answer is None or run is None or not run.marker:
         return None
-    return score_by_answer(rollout, prompt.answer, run.marker).reward == 1.0
+    return is_correct(verdict_on(rollout.completion, rollout.finish_reason, prompt.answer, run.marker).reward)
 
 
 def _rollout(completion: Completion, prompts: dict[str, Prompt], seed: int, policy: ModelRef) -> Rollout:
