@@ -23,7 +23,7 @@ import urllib.request
 from collections.abc import Callable
 from pathlib import Path
 
-from tables import REPOSITORY, peer, run_smoke, seconds, show
+from tables import REPOSITORY, peer, run_smoke, seconds, show, told_by
 
 ITERATIONS, PLAINLY = "iterations=3", "--no-prefect-server"
 IMPORTS = "import flows.__main__, flows.server\nwith flows.server.importing_prefect():\n    import flows.rest_em"
@@ -134,11 +134,7 @@ def _bare_server(home: Path) -> float:
 def _distilabel(cache: Path, rows: int) -> float:
     script = str(Path(__file__).with_name("distilabel_rows.py"))
     started = time.perf_counter()
-    command = [sys.executable, script, "--rows", str(rows), "--batch", "1000"]
-    command += ["--cache", str(cache), "--use-cache"]
-    done = subprocess.run(command, capture_output=True, text=True)
-    if done.returncode:
-        raise SystemExit(f"distilabel failed:\n{done.stderr[-2000:]}")
+    told_by(script, "--rows", str(rows), "--batch", "1000", "--cache", str(cache), "--use-cache")
     return time.perf_counter() - started
 
 

@@ -9,7 +9,6 @@ import argparse
 import json
 import os
 import resource
-import subprocess
 import sys
 import tempfile
 import time
@@ -20,7 +19,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.dataset as ds
 import pyarrow.parquet as pq
-from tables import seconds, show
+from tables import seconds, show, told_by
 
 from storage.datasets import write_rows
 from storage.ledger import Ledger
@@ -69,9 +68,7 @@ def _show(count: int, found: dict[str, Measured]) -> None:
 
 
 def _measure(part: str, rows: int) -> Measured:
-    command = [sys.executable, __file__, "--rows", str(rows), "--part", part]
-    measured: Measured = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
-    return measured
+    return told_by(__file__, "--rows", str(rows), "--part", part)
 
 
 def _flush(count: int) -> Measured:

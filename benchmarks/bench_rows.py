@@ -11,7 +11,6 @@ import gc
 import json
 import os
 import resource
-import subprocess
 import sys
 import tempfile
 import time
@@ -20,7 +19,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from tables import peer, show
+from tables import peer, show, told_by
 
 MARKER = "FINAL ANSWER:"
 PER_PROMPT = 8
@@ -153,8 +152,8 @@ def distilabel(rows: int, batch: int) -> float:
     script, seconds = Path(__file__).with_name("distilabel_rows.py"), []
     for count in (rows // 10, rows):
         with tempfile.TemporaryDirectory() as cache:
-            command = [str(script), "--rows", str(count), "--batch", str(batch), "--cache", cache]
-            seconds.append(_told(command)["cpu"])
+            command = (str(script), "--rows", str(count), "--batch", str(batch), "--cache", cache)
+            seconds.append(told_by(*command)["cpu"])
     return (rows - rows // 10) / (seconds[1] - seconds[0])
 
 
@@ -169,15 +168,7 @@ def _peak() -> dict[str, float]:
 
 
 def _apart(side: str, rows: int) -> dict[str, float]:
-    return _told([__file__, "--side", side, "--rows", str(rows)])
-
-
-def _told(command: list[str]) -> dict[str, float]:
-    done = subprocess.run([sys.executable, *command], capture_output=True, text=True)
-    if done.returncode:
-        raise SystemExit(f"{command} failed:\n{done.stderr[-2000:]}")
-    measured: dict[str, float] = json.loads(done.stdout[done.stdout.rindex("{") :])
-    return measured
+    return told_by(__file__, "--side", side, "--rows", str(rows))
 
 
 SIDES: dict[str, Callable[[int], dict[str, float]]] = {"ours": ours, "pyarrow": pyarrow}

@@ -9,7 +9,6 @@ Without --model, a tiny Phi with random weights on a CPU, whose rollouts all hav
 import argparse
 import json
 import os
-import subprocess
 import sys
 import tempfile
 import time
@@ -18,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import psutil
-from tables import show
+from tables import show, told_by
 
 from models.chat import load_tokenizer, messages_of, render_prompt
 from models.specs import VLLM, ModelRef, PromptTemplate, Sampling, TinyModel
@@ -145,12 +144,7 @@ def _texts() -> Iterator[str]:
 
 
 def _apart(side: str, model: Path, prompts: int) -> dict[str, float]:
-    command = [sys.executable, __file__, "--side", side, "--model", str(model), "--prompts", str(prompts)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=900)
-    if done.returncode:
-        raise SystemExit(f"{side} failed:\n{done.stderr[-3000:]}")
-    measured: dict[str, float] = json.loads(done.stdout[done.stdout.rindex("{") :])
-    return measured
+    return told_by(__file__, "--side", side, "--model", str(model), "--prompts", str(prompts), limit_seconds=900)
 
 
 SIDES: dict[str, Callable[[Path, int], dict[str, float]]] = {"ours": ours, "bare": bare}

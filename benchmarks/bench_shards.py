@@ -15,7 +15,6 @@ import json
 import os
 import resource
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -24,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import psutil
-from tables import show
+from tables import show, told_by
 
 PROMPTS, ROLLOUTS = 2, 2  # of a shard
 MINUTE = 60.0
@@ -189,12 +188,7 @@ def _peak(servers: list[psutil.Process]) -> float:
 
 
 def _apart(side: str, shards: int) -> Measured:
-    command = [sys.executable, __file__, "--side", side, "--shards", str(shards)]
-    done = subprocess.run(command, capture_output=True, text=True)
-    if done.returncode:
-        raise SystemExit(f"{side} failed:\n{done.stderr[-3000:]}")
-    measured: Measured = json.loads(done.stdout[done.stdout.rindex("{") :])
-    return measured
+    return told_by(__file__, "--side", side, "--shards", str(shards))
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 import argparse
 import importlib.util
+import json
 import os
 import subprocess
 import sys
@@ -31,6 +32,19 @@ def run_smoke(home: Path, *options: str) -> float:
     if done.returncode:
         raise SystemExit(f"the smoke run failed:\n{done.stderr[-2000:]}")
     return time.perf_counter() - started
+
+
+def told_by(*command: str, limit_seconds: float | None = None) -> dict[str, float]:
+    """What a script that is run in a process of its own tells on its standard output: a JSON object, its last thing.
+
+    Args:
+        limit_seconds: that it may take.
+    """
+    done = subprocess.run([sys.executable, *command], capture_output=True, text=True, timeout=limit_seconds)
+    if done.returncode:
+        raise SystemExit(f"{' '.join(command)} failed:\n{done.stderr[-3000:]}")
+    measured: dict[str, float] = json.loads(done.stdout[done.stdout.rindex("{") :])
+    return measured
 
 
 @contextmanager
